@@ -1,0 +1,139 @@
+-- awschat's database, applied whole at every start, by any number of replicas at once: every statement may run again.
+-- One row is one turn, so a question can't lose its reply and a history can't be malformed. Every key starts with
+-- (owner, session_id): a turn touches one shard of a distributed PostgreSQL.
+
+-- First of all, queue up: CREATE ... IF NOT EXISTS is not safe against itself, two at once can both find nothing and collide.
+-- Held until the transaction that runs this file ends.
+SELECT pg_advisory_xact_lock(hashtext('awschat schema'));
+
+CREATE TABLE IF NOT EXISTS turns (
+    owner             text        NOT NULL,  -- name of the API key; 'everyone' without keys
+    session_id        text        NOT NULL,  -- chosen by the client
+    number            bigint      NOT NULL,  -- 1, 2, 3, ... within the session; a turn that was retried leaves a gap
+    id                text        NOT NULL,  -- one attempt, never reused: a late writer can't hit a newer turn's row
+    idempotency_key   text,
+    question          text        NOT NULL,
+    reply             text        NOT NULL DEFAULT '',  -- what was shown so far; once finished, the authoritative reply
+    status            text        NOT NULL DEFAULT 'running'
+        CHECK (status IN ('running', 'complete', 'refused', 'stopped', 'truncated', 'failed')),
+    error             text,                  -- what the user was told, for failed turns
+    guard_stage       text,                  -- the verdict that decided: rules | question | answer | leak
+    guard_decision    text,                  -- allow | block | unsure
+    guard_reason      text,
+    verdicts          jsonb,                 -- all of them in order: [[stage, decision, reason], ...]
+    model             text,
+    prompt_tokens     integer,
+    completion_tokens integer,
+    lease_until       timestamptz NOT NULL,  -- renewed while the turn's process lives; past it the turn is nobody's
+    stop_requested    timestamptz,          -- when its turn was asked to stop
+    created_at        timestamptz NOT NULL DEFAULT now(),
+    finished_at       timestamptz,
+    -- Also serves every read: history, paging and resume walk it backwards from a session's newest turn.
+    PRIMARY KEY (owner, session_id, number)
+) WITH (fillfactor = 70);  -- room in each page for the one-a-second updates of running turns (HOT: no index is touched)
+
+-- At most one running turn a session, whatever the code believes. Also finds the few running rows among millions.
+CREATE UNIQUE INDEX IF NOT EXISTS turns_running ON turns (owner, session_id) WHERE status = 'running';
+
+-- One turn for one Idempotency-Key, and the way to find it.
+CREATE UNIQUE INDEX IF NOT EXISTS turns_key ON turns (owner, session_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
+
+-- For retention, which erases the oldest first.
+CREATE INDEX IF NOT EXISTS turns_age ON turns (created_at);
+
+-- The leaky buckets of the rate limit: one row for an owner or address, empty again at empty_at.
+CREATE TABLE IF NOT EXISTS rate_limits (
+    bucket   text        PRIMARY KEY,
+    empty_at timestamptz NOT NULL
+);
+
+-- A message table for clients that know one: two rows a turn.
+CREATE OR REPLACE VIEW chat_messages AS
+    SELECT session_id, message.role, message.content, message.created_at, owner, number
+    FROM turns, LATERAL (VALUES ('user', question, created_at), ('assistant', reply, coalesce(finished_at, created_at)))
+        AS message (role, content, created_at)
+    WHERE message.content <> '';
+
+-- Claims a session for a new turn, all or nothing. Outcomes:
+--   claimed  the question is stored as this turn, running; the caller must run it
+--   repeat   the request repeats this turn, running or finished: watch that one
+--   busy     this turn runs, and has been asked to stop: claim again in a moment
+-- A refusal is an exception whose SQLSTATE is AW and the HTTP status, its hint the kind, its detail the seconds to wait.
+CREATE OR REPLACE FUNCTION claim_turn(
+    new_owner text, new_session text, new_id text, new_question text, new_key text, lease interval,
+    rate_bucket text, per_minute integer)
+RETURNS TABLE (outcome text, turn_id text, turn_number bigint) LANGUAGE plpgsql AS $$
+DECLARE
+    twin turns;
+    ongoing turns;
+    drip interval;  -- the time in which one turn leaks out of a bucket that holds a minute's worth
+    until timestamptz;
+BEGIN
+    -- One claim at a time in one session: what is read here still holds at the INSERT.
+    PERFORM pg_advisory_xact_lock(hashtextextended(new_owner || chr(10) || new_session, 0));
+    PERFORM end_expired_turns(new_owner, new_session);
+
+    SELECT * INTO twin FROM turns WHERE owner = new_owner AND session_id = new_session AND idempotency_key = new_key;
+    IF twin.question <> new_question THEN
+        RAISE EXCEPTION 'This Idempotency-Key belongs to another message. Please make a new one.'
+            USING ERRCODE = 'AW422', HINT = 'key';
+    ELSIF twin.status <> 'failed' THEN
+        RETURN QUERY SELECT 'repeat', twin.id, twin.number;
+        RETURN;
+    END IF;
+
+    SELECT * INTO ongoing FROM turns WHERE owner = new_owner AND session_id = new_session AND status = 'running';
+    IF ongoing.question = new_question THEN
+        RETURN QUERY SELECT 'repeat', ongoing.id, ongoing.number;
+        RETURN;
+    ELSIF ongoing.stop_requested < now() - interval '2 seconds' THEN  -- it hangs: end it here
+        UPDATE turns SET status = 'stopped', finished_at = now()
+            WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
+    ELSIF ongoing.id IS NOT NULL THEN
+        UPDATE turns SET stop_requested = coalesce(stop_requested, now())
+            WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
+        RETURN QUERY SELECT 'busy', ongoing.id, ongoing.number;
+        RETURN;
+    END IF;
+
+    IF per_minute > 0 THEN
+        drip := interval '1 minute' / per_minute;
+        INSERT INTO rate_limits AS b VALUES (rate_bucket, now() + drip)
+            ON CONFLICT (bucket) DO UPDATE SET empty_at = greatest(b.empty_at, now()) + drip
+            WHERE greatest(b.empty_at, now()) + drip <= now() + interval '1 minute';
+        IF NOT FOUND THEN
+            SELECT empty_at + drip - interval '1 minute' INTO until FROM rate_limits WHERE bucket = rate_bucket;
+            RAISE EXCEPTION 'Too many questions. Please wait % s.', ceil(extract(epoch FROM until - now()))
+                USING ERRCODE = 'AW429', HINT = 'rate', DETAIL = ceil(extract(epoch FROM until - now()));
+        END IF;
+    END IF;
+
+    -- A retry takes the failed attempt's place, so the history shows the question once.
+    DELETE FROM turns WHERE owner = new_owner AND session_id = new_session AND number = twin.number;
+    RETURN QUERY INSERT INTO turns (owner, session_id, number, id, idempotency_key, question, lease_until)
+        SELECT new_owner, new_session, coalesce(max(number), 0) + 1, new_id, new_key, new_question, now() + lease
+        FROM turns WHERE owner = new_owner AND session_id = new_session
+        RETURNING 'claimed', id, number;
+END $$;
+
+-- Ends a session's turn whose process has died: its lease ran out. What it had said stays.
+CREATE OR REPLACE FUNCTION end_expired_turns(in_owner text, in_session text) RETURNS void LANGUAGE sql AS $$
+    UPDATE turns SET status = 'failed', finished_at = now(),
+        error = 'The service was interrupted while it answered. Please send the message again.'
+    WHERE owner = in_owner AND session_id = in_session AND status = 'running' AND lease_until < now();
+$$;
+
+-- Upkeep, by one replica at a time: the history shows a dead turn as failed even if its session is never used again
+-- (half a minute late, so that turns which outlive a lost database renew their lease first); old turns go, a few at a time.
+CREATE OR REPLACE FUNCTION tidy_up(retention_days integer) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('awschat upkeep')) THEN
+        RETURN;
+    END IF;
+    PERFORM end_expired_turns(owner, session_id) FROM turns
+        WHERE status = 'running' AND lease_until < now() - interval '30 seconds';
+    DELETE FROM rate_limits WHERE empty_at < now();
+    DELETE FROM turns WHERE retention_days > 0 AND ctid = ANY (ARRAY(
+        SELECT ctid FROM turns WHERE created_at < now() - make_interval(days => retention_days)
+            AND status <> 'running' ORDER BY created_at LIMIT 500));
+END $$;
