@@ -17,17 +17,19 @@ CREATE TABLE IF NOT EXISTS turns (
     status            text        NOT NULL DEFAULT 'running'
         CHECK (status IN ('running', 'complete', 'refused', 'stopped', 'truncated', 'failed')),
     error             text,                  -- what the user was told, for failed turns
-    guard_stage       text,                  -- the verdict that decided: rules | question | answer | leak
-    guard_decision    text,                  -- allow | block | unsure
-    guard_reason      text,
-    verdicts          jsonb,                 -- all of them in order: [[stage, decision, reason], ...]
+    verdicts          jsonb,                 -- the guard's, in order: [[decision, reason, stage], ...]
+    usage             jsonb,                 -- as the provider counted it
     model             text,
-    prompt_tokens     integer,
-    completion_tokens integer,
     lease_until       timestamptz NOT NULL,  -- renewed while the turn's process lives; past it the turn is nobody's
     stop_requested    timestamptz,          -- when its turn was asked to stop
     created_at        timestamptz NOT NULL DEFAULT now(),
     finished_at       timestamptz,
+    -- Of the verdict that decided; stage: rules | question | answer | leak, decision: allow | block | unsure.
+    guard_stage       text    GENERATED ALWAYS AS (verdicts -> -1 ->> 2) STORED,
+    guard_decision    text    GENERATED ALWAYS AS (verdicts -> -1 ->> 0) STORED,
+    guard_reason      text    GENERATED ALWAYS AS (verdicts -> -1 ->> 1) STORED,
+    prompt_tokens     integer GENERATED ALWAYS AS ((usage ->> 'prompt_tokens')::integer) STORED,
+    completion_tokens integer GENERATED ALWAYS AS ((usage ->> 'completion_tokens')::integer) STORED,
     -- Also serves every read: history, paging and resume walk it backwards from a session's newest turn.
     PRIMARY KEY (owner, session_id, number)
 ) WITH (fillfactor = 70);  -- room in each page for the one-a-second updates of running turns (HOT: no index is touched)
@@ -49,9 +51,9 @@ CREATE TABLE IF NOT EXISTS rate_limits (
 
 -- A message table for clients that know one: two rows a turn.
 CREATE OR REPLACE VIEW chat_messages AS
-    SELECT session_id, message.role, message.content, message.created_at, owner, number
-    FROM turns, LATERAL (VALUES ('user', question, created_at), ('assistant', reply, coalesce(finished_at, created_at)))
-        AS message (role, content, created_at)
+    SELECT session_id, message.role, message.content, message.created_at, owner, number, message.id, status
+    FROM turns, LATERAL (VALUES (2 * number, 'user', question, created_at),
+        (2 * number + 1, 'assistant', reply, coalesce(finished_at, created_at))) AS message (id, role, content, created_at)
     WHERE message.content <> '';
 
 -- Claims a session for a new turn, all or nothing. Outcomes:
@@ -60,7 +62,7 @@ CREATE OR REPLACE VIEW chat_messages AS
 --   busy     this turn runs, and has been asked to stop: claim again in a moment
 -- A refusal is an exception whose SQLSTATE is AW and the HTTP status, its hint the kind, its detail the seconds to wait.
 CREATE OR REPLACE FUNCTION claim_turn(
-    new_owner text, new_session text, new_id text, new_question text, new_key text, lease interval,
+    new_owner text, new_session text, new_id text, new_question text, new_key text, lease_seconds double precision,
     rate_bucket text, per_minute integer)
 RETURNS TABLE (outcome text, turn_id text, turn_number bigint) LANGUAGE plpgsql AS $$
 DECLARE
@@ -111,7 +113,8 @@ BEGIN
     -- A retry takes the failed attempt's place, so the history shows the question once.
     DELETE FROM turns WHERE owner = new_owner AND session_id = new_session AND number = twin.number;
     RETURN QUERY INSERT INTO turns (owner, session_id, number, id, idempotency_key, question, lease_until)
-        SELECT new_owner, new_session, coalesce(max(number), 0) + 1, new_id, new_key, new_question, now() + lease
+        SELECT new_owner, new_session, coalesce(max(number), 0) + 1, new_id, new_key, new_question,
+            now() + make_interval(secs => lease_seconds)
         FROM turns WHERE owner = new_owner AND session_id = new_session
         RETURNING 'claimed', id, number;
 END $$;
