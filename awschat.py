@@ -40,14 +40,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from configparser import ConfigParser
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
 
 import aiohttp
 import asyncpg
-import httpx2
-import openai
 import prometheus_client as prometheus
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
@@ -81,11 +80,13 @@ class Settings(BaseModel):
     """The environment variables that awschat reads; an empty one counts as not set."""
 
     OPENAI_API_KEY: SecretStr = SecretStr("")  # without key and base URL the demo provider answers
-    OPENAI_BASE_URL: str = ""  # any OpenAI-compatible endpoint: Ollama, vLLM, Amazon Bedrock, ...
+    OPENAI_BASE_URL: Annotated[str, Field(pattern="^https?://")] = (
+        ""  # any OpenAI-compatible endpoint: Ollama, vLLM, Amazon Bedrock, ...
+    )
     OPENAI_MODEL: str = "gpt-4.1-mini"  # answers
     GUARD_MODEL: str = ""  # judges where the rules can't; empty: OPENAI_MODEL
     MODEL_OPTIONS: Json[dict] = {}  # JSON merged into every request to the provider
-    DATABASE_URL: SecretStr = SecretStr("")  # postgresql://...; empty: an embedded PostgreSQL
+    DATABASE_URL: Annotated[str, Field(pattern="^postgres(ql)?://")] = ""  # empty: an embedded PostgreSQL
     HOST: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 for all
     PORT: Annotated[int, Field(ge=0, le=65_535)] = 8000
     SYSTEM_PROMPT_FILE: FilePath = HERE / "system_prompt.txt"  # what the model is told
@@ -123,7 +124,7 @@ def load_settings() -> Settings:
 settings = load_settings()
 SYSTEM_PROMPT = settings.SYSTEM_PROMPT_FILE.read_text(encoding="utf-8")
 LEASE_SECONDS = 10  # the longest that a turn whose process has died blocks its session
-BEAT_SECONDS = 0.7  # how often a running turn renews its lease, saves its text and learns that it shall stop
+BEAT_SECONDS = 0.9  # how often a running turn renews its lease, saves its text and learns that it shall stop
 DATABASE_SECONDS = 3  # how long a statement may take; then the database counts as away
 SLACK_CHARS = 600  # text that may be shown unproven after a confident allow
 PROOF_CHARS = 300  # AWS terms this close prove what is between them; past it the model is asked
@@ -135,7 +136,7 @@ CUT = "\n\n(The answer was cut at the length limit. Ask me to continue.)"
 
 State = Enum("State", "GUARD GENERATE REVIEW REFUSE DONE")
 TURNS: dict[str, "Turn"] = {}  # those that run in this process, by id
-live = SimpleNamespace(pool=None, provider=None, demo=False, draining=False, stopping=False)  # set in Main
+live = SimpleNamespace(pool=None, ask=None, demo=False, draining=False, stopping=False)  # set in Main
 
 
 class Turn:
@@ -175,11 +176,8 @@ class Turn:
 
     def end(self, status: str, content: str) -> None:
         """Set the outcome: the reply, or what people are told. What the guard holds back stays unseen."""
-        self.outcome = {
-            "type": "error" if status == "failed" else "end",
-            "content": content,
-            "status": status,
-        }
+        kind = "error" if status == "failed" else "end"
+        self.outcome = {"type": kind, "content": content, "status": status}
         self.text = self.text[: self.shown] if status in ("failed", "refused") else content
         self.show(len(self.text))
 
@@ -280,26 +278,27 @@ async def read_answer(turn: Turn) -> None:
     for question, reply in turn.history:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     messages.append({"role": "user", "content": turn.question})
-    body = {"model": settings.OPENAI_MODEL, "messages": messages, "stream": True} | settings.MODEL_OPTIONS
-    body = {"stream_options": {"include_usage": True}} | body
-    options = {"body": body, "cast_to": object, "stream": True, "stream_cls": openai.AsyncStream[object]}
-    finish = ""
+    body = {"model": settings.OPENAI_MODEL, "messages": messages, "stream": True}
+    body |= {"stream_options": {"include_usage": True}} | settings.MODEL_OPTIONS
+    finish, rest = "", b""
     try:
-        async with asyncio.timeout(settings.FIRST_TOKEN_SECONDS) as patience:
-            async with await live.provider.post("/chat/completions", **options) as chunks:
-                async for chunk in chunks:
-                    turn.usage = chunk.get("usage") or turn.usage
-                    choice = (chunk.get("choices") or [{}])[
-                        0
-                    ]  # none beside the usage and Azure's filter reports
-                    said = (choice.get("delta") or {}).get("content") or ""
-                    finish = (
-                        "length" if len(turn.text) > REPLY_CHARS else choice.get("finish_reason") or finish
-                    )
-                    if said or finish:  # behind the end of the text there may be the usage
-                        patience.reschedule(clock() + (1 if finish else settings.STALL_SECONDS))
-                        turn.text += said.replace("\0", "\ufffd")  # PostgreSQL can't hold a NUL
-                        release(turn)
+        async with asyncio.timeout(settings.FIRST_TOKEN_SECONDS) as patience, live.ask(json=body) as response:
+            async for data in response.content.iter_any():
+                *lines, rest = (rest + data).split(b"\n")
+                said, reason = unpack(turn, lines)
+                finish = reason or finish
+                due = clock() + (1 if finish else settings.STALL_SECONDS)  # behind the text comes the usage
+                if (said or finish) and abs(
+                    due - patience.when()
+                ) > 0.5:  # a new timer for each token is dear
+                    patience.reschedule(due)
+                turn.text += said
+                release(turn)
+                if len(turn.text) + len(rest) > REPLY_CHARS:
+                    finish = "length"
+                    break
+                if len(data) > 4096:  # a burst: let the other turns have their share of the loop
+                    await asyncio.sleep(0)
     except PROVIDER_ERRORS:
         if not finish:
             raise
@@ -307,6 +306,21 @@ async def read_answer(turn: Turn) -> None:
         raise http.ServiceUnavailable("The answer broke off or was empty. Please send the message again.")
     if finish == "length":
         turn.text = turn.text[:REPLY_CHARS] + CUT
+
+
+def unpack(turn: Turn, lines: list[bytes]) -> tuple[str, str]:
+    """Text and finish reason ("" for none) in some lines of the provider's stream. Raises PROVIDER_ERRORS."""
+    said = finish = ""
+    for line in lines:
+        if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+            chunk = json.loads(line[5:])
+            if "error" in chunk:
+                raise http.ServiceUnavailable("The model provider broke off with an error. Please try again.")
+            turn.usage = chunk.get("usage") or turn.usage
+            for choice in chunk.get("choices") or ():  # none beside the usage and Azure's filter reports
+                said += (choice.get("delta") or {}).get("content") or ""
+                finish = choice.get("finish_reason") or finish
+    return said.replace("\0", "\ufffd"), finish  # PostgreSQL can't hold a NUL
 
 
 # ---- Guard ----
@@ -380,7 +394,9 @@ def judge(message: str, history: Sequence[tuple[str, str]] = ()) -> Verdict:
         return Verdict("block", "greeting")
     doubt = aws or found.get("names") or found.get("ambiguous")
     if not doubt and any(
-        _survey(f"{q}\n{reply[:500]}")[0] for q, reply in history[-3:] if reply not in (settings.REFUSAL, GREETING)
+        _survey(f"{q}\n{reply[:500]}")[0]
+        for q, reply in history[-3:]
+        if reply not in (settings.REFUSAL, GREETING)
     ):
         doubt = "an AWS turn before it"
     if veto := next((section for section in found if section in {"injection", "other clouds"}), ""):
@@ -451,13 +467,16 @@ async def ask_judge(turn: Turn, end: int) -> None:
     parts += ["ANSWER", turn.text[max(0, turn.proven - PROOF_CHARS) : end]] if end else []
     prompt = {"role": "system", "content": JUDGE_PROMPT.format(fence=fence, stage=stage)}
     messages = [prompt, {"role": "user", "content": f"\n{fence}\n".join(["", *parts, ""])}]
-    options = {"model": settings.GUARD_MODEL or settings.OPENAI_MODEL, "extra_body": settings.MODEL_OPTIONS}
+    body = {
+        "model": settings.GUARD_MODEL or settings.OPENAI_MODEL,
+        "messages": messages,
+    } | settings.MODEL_OPTIONS
     try:
-        async with asyncio.timeout(settings.FIRST_TOKEN_SECONDS):
-            completion = await live.provider.chat.completions.create(messages=messages, **options)
-        word = completion.choices[0].message.content.strip().upper()
+        async with asyncio.timeout(settings.FIRST_TOKEN_SECONDS), live.ask(json=body) as response:
+            completion = await response.json(content_type=None)
+        word = completion["choices"][0]["message"]["content"].strip().upper()
         verdict = Verdict({"ALLOW": "allow", "BLOCK": "block"}[word], "model", stage.lower())
-    except (*PROVIDER_ERRORS, LookupError, AttributeError, TypeError) as failure:
+    except PROVIDER_ERRORS as failure:
         decision = "allow" if settings.GUARD_FAIL == "open" else "block"
         verdict = Verdict(decision, f"judge failed: {type(failure).__name__}", stage.lower())
     turn.verdicts.append(verdict)
@@ -471,14 +490,19 @@ async def ask_judge(turn: Turn, end: int) -> None:
 
 
 async def query(sql: str, *args: object, until: float = 0) -> list[asyncpg.Record]:
-    """The rows of one statement, tried again until then while the database is away. Raises DATABASE_ERRORS."""
+    """The rows of one statement, tried again until then while the database is away. Raises 503, and what SQL raises."""
     while True:
         try:
             async with live.pool.acquire(timeout=DATABASE_SECONDS) as connection:
                 return await connection.fetch(sql, *args, timeout=DATABASE_SECONDS)
-        except DATABASE_ERRORS:
-            if clock() > until or live.stopping:
+        except DATABASE_ERRORS as failure:
+            # Classes 22, 23, 42 and our own AW are about the statement, the others about the state of the server.
+            if (getattr(failure, "sqlstate", None) or "08")[:2] in ("22", "23", "42", "AW"):
                 raise
+            if clock() > until or live.stopping:
+                raise http.ServiceUnavailable(
+                    "The database is away. Please try again soon.", retry_after=2
+                ) from failure
         await asyncio.sleep(0.25)
 
 
@@ -528,7 +552,7 @@ async def refresh(turn: Turn) -> None:
     )
     if status == "running" and (expired or live.stopping):
         status, error = "failed", "The service was interrupted. Please reload, or send the message again."
-    turn.text = "" if status == "refused" else reply
+    turn.text = reply if rows and status != "refused" else turn.text[: turn.shown]
     turn.show(len(turn.text))
     if status != "running":
         turn.end(status, error or reply)
@@ -539,7 +563,7 @@ async def beat(turn: Turn) -> None:
     """Renew the lease and save what was shown; stop the turn if its row asks for that or is no longer its own."""
     sql = """UPDATE turns SET lease_until = now() + make_interval(secs => $5), reply = $6 WHERE owner = $1
         AND session_id = $2 AND number = $3 AND id = $4 AND status = 'running' RETURNING stop_requested"""
-    with suppress(*DATABASE_ERRORS):  # the lease outlives several missed beats
+    with suppress(http.ServiceUnavailable):  # the lease outlives several missed beats
         rows = await query(sql, *turn.row, LEASE_SECONDS, turn.text[: turn.shown])
         if not rows or rows[0]["stop_requested"]:
             turn.stop()
@@ -639,11 +663,7 @@ async def post_chat():
     bucket = owner if settings.API_KEYS else str(client_address())
     # Shielded: if the client goes away now, the claim may be committed already, and a claimed turn must run.
     turn = await asyncio.shield(begin(Turn(owner, asked.session_id, asked.message), key, bucket))
-    if request.path == "/chat/stream":
-        return stream(turn)
-    async for _ in events(turn):
-        pass
-    return (turn.outcome, 503, {"Retry-After": "2"}) if turn.outcome["type"] == "error" else turn.outcome
+    return stream(turn) if request.path == "/chat/stream" else await closing(turn)
 
 
 @app.get("/chat/stream")
@@ -696,16 +716,24 @@ async def events(turn: Turn) -> AsyncIterator[str]:
             turn.stop()
 
 
+async def closing(turn: Turn) -> tuple[dict, int, dict]:
+    """The closing event, once it has come, as a JSON response."""
+    async for _ in events(turn):
+        pass
+    return turn.outcome, *((503, {"Retry-After": "2"}) if turn.outcome["type"] == "error" else (200, {}))
+
+
 @app.post("/chat/stop")
 async def post_stop():
+    owner, asked = authenticate(), await read()
     sql = """UPDATE turns SET stop_requested = now() WHERE owner = $1 AND session_id = $2 AND status = 'running'
-        AND lease_until > now() RETURNING id"""
-    rows = await query(sql, authenticate(), (await read()).session_id)
+        AND lease_until > now() RETURNING id, number"""
+    rows = await query(sql, owner, asked.session_id)
     if not rows:
         raise http.NotFound("Nothing runs in this session.")
-    if rows[0]["id"] in TURNS:  # another process reads its row once a beat
-        TURNS[rows[0]["id"]].stop()
-    return {"status": "stopping"}
+    turn = await find(owner, asked.session_id, *rows[0])
+    turn.stop()  # in another process it stops with its next beat
+    return await closing(turn)
 
 
 @app.get("/chat")
@@ -741,7 +769,7 @@ async def get_ready():
     missing = ["draining"] * live.draining + ["guard policy"] * (not TERMS)
     try:
         await query("SELECT FROM turns LIMIT 1")
-    except DATABASE_ERRORS:
+    except (http.ServiceUnavailable, asyncpg.UndefinedTableError):
         missing.append("database")
     state = {"status": "unready" if missing else "ready", "version": __version__, "demo": live.demo}
     return state | {"missing": missing}, 503 if missing else 200
@@ -790,18 +818,15 @@ async def on_error(failure: Exception):
     return {"type": "error", "content": error.description}, error.code, headers
 
 
-PROVIDER_ERRORS = (openai.OpenAIError, aiohttp.ClientError, httpx2.HTTPError, OSError, json.JSONDecodeError)
+PROVIDER_ERRORS = (aiohttp.ClientError, OSError, ValueError, LookupError, AttributeError, TypeError)
 DATABASE_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
-PROBLEMS = (  # 503s; the first row that fits counts
-    (openai.RateLimitError, "The model provider is busy. Please try again in a minute."),
-    (openai.InternalServerError, "The model provider has a problem. Please try again soon."),
-    (openai.BadRequestError, "The model provider rejected the question. Please shorten it."),
-    (openai.APIStatusError, "The model provider refused. The operator must check key and model."),
-    (TimeoutError, "The answer took too long. Please send the message again."),
-    (PROVIDER_ERRORS[:3], "The connection to the model provider broke. Please send the message again."),
-    (json.JSONDecodeError, "The model provider sent nonsense. Please send the message again."),
-    (DATABASE_ERRORS, "The database is away. Please try again soon."),
-)
+PROBLEMS = {  # of the model provider, by its status
+    400: "The model provider rejected the question. Please shorten it, or start a new session.",
+    401: "The model provider refused the key of this service. Please tell its operator.",
+    403: "The model provider refused the key of this service. Please tell its operator.",
+    404: "The model provider does not know the model of this service. Please tell its operator.",
+    429: "The model provider is busy. Please try again in a minute.",
+}
 
 
 def explain(failure: Exception) -> http.HTTPException:
@@ -818,11 +843,16 @@ def explain(failure: Exception) -> http.HTTPException:
         return http.TooManyRequests(failure.args[0], retry_after=int(failure.detail))
     if isinstance(failure, asyncpg.DataError):
         return http.BadRequest("The text holds a character that can't be stored, such as NUL.")
-    for kinds, text in PROBLEMS:
-        if isinstance(failure, kinds):
-            return http.ServiceUnavailable(text, retry_after=2)
-    app.logger.error("a bug", exc_info=failure)
-    return http.InternalServerError("Something went wrong here. Please try again.")
+    if isinstance(failure, aiohttp.ClientResponseError):
+        text = PROBLEMS.get(failure.status, "The model provider has a problem. Please try again soon.")
+    elif isinstance(failure, TimeoutError):
+        text = "That took too long. Please try again."
+    elif isinstance(failure, aiohttp.ClientError | json.JSONDecodeError):
+        text = "The connection to the model provider broke. Please try again."
+    else:
+        app.logger.error("a bug", exc_info=failure)
+        return http.InternalServerError("Something went wrong here. Please try again.")
+    return http.ServiceUnavailable(text, retry_after=2)
 
 
 # ---- Metrics and the log ----
@@ -885,10 +915,13 @@ async def open_provider() -> None:
             file=sys.stderr,
             flush=True,
         )
-    # Each stream holds a connection: their number is MAX_STREAMS's business, their pauses are read_answer's.
-    client = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=0, keepalive_expiry=15))
-    options = {"http_client": client, "max_retries": 0, "timeout": settings.TURN_SECONDS}
-    live.provider = openai.AsyncOpenAI(api_key=key or "none", base_url=url or None, **options)
+    # As many connections as there are streams; shorter kept than the 5 s after which many servers close them.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
+    options = {"headers": {"Authorization": f"Bearer {key}"}, "raise_for_status": True}
+    client = aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(sock_connect=10), **options
+    )
+    live.ask = partial(client.post, f"{(url or 'https://api.openai.com/v1').rstrip('/')}/chat/completions")
 
 
 def embedded_database() -> str:
@@ -901,6 +934,7 @@ def embedded_database() -> str:
     # As root it runs as a user of its own, to whom every parent directory is opened: a home is no place for that.
     root = getattr(os, "geteuid", lambda: 1)() == 0
     folder = platformdirs.site_data_path("awschat") if root else platformdirs.user_data_path("awschat")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     return pgserver.get_server(folder).get_uri()
 
 
@@ -920,15 +954,16 @@ async def main() -> None:
     stop, drained, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: sys.exit(1) if stop.is_set() else stop.set())
+    url = settings.DATABASE_URL or embedded_database()
     await open_provider()
-    url = settings.DATABASE_URL.get_secret_value() or embedded_database()
     # No statement here changes the state of its connection, so there is nothing to reset: spare the round trip.
     options = {"min_size": 0, "max_size": settings.POOL_SIZE, "reset": lambda connection: asyncio.sleep(0)}
     live.pool = await asyncpg.create_pool(url, timeout=DATABASE_SECONDS, **options)
     config = Config.from_mapping(bind=f"{settings.HOST}:{settings.PORT}", backlog=4096, loglevel="WARNING")
     config.keep_alive_timeout = (
-        75  # above the 60 s of load balancers, which answer 502 when the server closes first
+        75  # above the 60 s of load balancers: if we closed first, they would answer 502
     )
+    config.include_server_header = False
     tasks = [
         asyncio.create_task(serve(app, config, shutdown_trigger=drained.wait)),
         asyncio.create_task(maintain()),
@@ -936,10 +971,14 @@ async def main() -> None:
     log("serving", address=f"http://{config.bind[0]}", version=__version__, demo=live.demo)
     if not settings.API_KEYS:
         print("*** No API_KEYS: whoever reaches this address may use it. ***", file=sys.stderr, flush=True)
-    await asyncio.wait([*tasks, asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait(
+        [*tasks, asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED
+    )
     await drain()
     drained.set()
     await asyncio.wait(tasks, timeout=1)  # hypercorn would wait for every idle connection
+    for task in done:
+        task.result()  # a port that is taken, a bug: the end, with what was raised
 
 
 if __name__ == "__main__":

@@ -88,9 +88,10 @@ BEGIN
     IF ongoing.question = new_question THEN
         RETURN QUERY SELECT 'repeat', ongoing.id, ongoing.number;
         RETURN;
-    ELSIF ongoing.stop_requested < now() - interval '2 seconds' THEN  -- it hangs: end it here
-        UPDATE turns SET status = 'stopped', finished_at = now()
+    ELSIF ongoing.stop_requested < now() - interval '2 seconds' THEN  -- its process hangs, or is dead: it lost its lease
+        UPDATE turns SET lease_until = '-infinity'
             WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
+        PERFORM end_expired_turns(new_owner, new_session);
     ELSIF ongoing.id IS NOT NULL THEN
         UPDATE turns SET stop_requested = coalesce(stop_requested, now())
             WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
