@@ -816,7 +816,7 @@ async def on_error(failure: Exception):
 
 
 PROVIDER_ERRORS = (aiohttp.ClientError, OSError, ValueError, LookupError, AttributeError, TypeError)
-DATABASE_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+DATABASE_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 PROBLEMS = {  # of the model provider, by its status
     400: "The model provider rejected the question. Please shorten it, or start a new session.",
     401: "The model provider refused the key of this service. Please tell its operator.",
@@ -941,7 +941,9 @@ class Connection(TCPServer):
     async def _read_data(self) -> None:
         self.protocol.protocol._check_protocol = self.ignore_upgrade
         await super()._read_data()
-        await self.idle_task.stop()  # else what its client has closed stays open for keep_alive_timeout
+        # Else a connection that its client has closed would stay open for keep_alive_timeout.
+        self.idle_task.restart = lambda *_: asyncio.sleep(0)
+        await self.idle_task.stop()
 
     async def ignore_upgrade(self, event) -> None:
         event.headers._full_items[:] = [item for item in event.headers._full_items if item[1] != b"upgrade"]
@@ -954,16 +956,15 @@ async def any_target(scope: dict, receive, send) -> None:
     await app(scope, receive, send)
 
 
-async def main() -> None:
+async def main(database_url: str) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
     stop, drained, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: sys.exit(1) if stop.is_set() else stop.set())
-    url = settings.DATABASE_URL or embedded_database()
     await open_provider()
     # No statement here changes the state of its connection: nothing to reset, one round trip less.
     options = {"min_size": 0, "max_size": settings.POOL_SIZE, "reset": lambda connection: asyncio.sleep(0)}
-    live.pool = await asyncpg.create_pool(url, timeout=DATABASE_SECONDS, **options)
+    live.pool = await asyncpg.create_pool(database_url, timeout=DATABASE_SECONDS, **options)
     config = Config.from_mapping(bind=f"{settings.HOST}:{settings.PORT}", backlog=4096, loglevel="WARNING")
     config.keep_alive_timeout = 75  # above the 60 s of load balancers, which else answer with 502 at times
     config.include_server_header = False
@@ -986,4 +987,5 @@ if __name__ == "__main__":
         from uvloop import new_event_loop
     except ImportError:  # not on Windows
         from asyncio import new_event_loop
-    asyncio.Runner(loop_factory=new_event_loop).run(main())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main(settings.DATABASE_URL or embedded_database()))
