@@ -595,7 +595,8 @@ app = Quart(__name__, static_folder=None)
 app.config.update(MAX_CONTENT_LENGTH=64 * 1024, BODY_TIMEOUT=10)
 app.url_map.merge_slashes = False
 PAGE = (HERE / "chat.html").read_text(encoding="utf-8")
-POLICY = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+POLICY = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+POLICY += "frame-ancestors 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'"
 SECURITY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 CORS = {"Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key", "Vary": "Origin"}
 CORS |= {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Expose-Headers": "Retry-After"}
@@ -654,8 +655,11 @@ async def post_chat():
     if key is not None and not re.fullmatch("[!-~]{1,128}", key):
         raise http.UnprocessableEntity("Idempotency-Key: send 1 to 128 visible ASCII characters.")
     bucket = owner if settings.API_KEYS else str(client_address())
-    # Shielded: if the client goes away now, the claim may be committed already, and a claimed turn must run.
-    turn = await asyncio.shield(begin(Turn(owner, asked.session_id, asked.message), key, bucket))
+    claim = asyncio.create_task(begin(Turn(owner, asked.session_id, asked.message), key, bucket))
+    claim.add_done_callback(
+        lambda task: task.cancelled() or task.exception()
+    )  # heard, even if the client is gone
+    turn = await asyncio.shield(claim)  # for if the claim is committed, the turn must run
     return stream(turn) if request.path == "/chat/stream" else await closing(turn)
 
 
@@ -785,8 +789,8 @@ async def get_contract() -> Response:
 async def get_page() -> Response:
     nonce = secrets.token_urlsafe(16)  # lets the page's own script and style run, and nothing else
     page = re.sub("<(script|style)>", rf'<\1 nonce="{nonce}">', PAGE)
-    policy = {"Content-Security-Policy": f"{POLICY}; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"}
-    return Response(page, content_type="text/html; charset=utf-8", headers=policy)
+    headers = {"Content-Security-Policy": POLICY.format(nonce)}
+    return Response(page, content_type="text/html; charset=utf-8", headers=headers)
 
 
 @app.before_request
