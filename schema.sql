@@ -137,7 +137,8 @@ BEGIN
     PERFORM end_expired_turns(owner, session_id) FROM turns
         WHERE status = 'running' AND lease_until < now() - interval '30 seconds';
     DELETE FROM rate_limits WHERE empty_at < now();
-    DELETE FROM turns WHERE retention_days > 0 AND ctid = ANY (ARRAY(
-        SELECT ctid FROM turns WHERE created_at < now() - make_interval(days => retention_days)
-            AND status <> 'running' ORDER BY created_at LIMIT 500));
+    DELETE FROM turns WHERE retention_days > 0 AND (owner, session_id, number) IN (
+        SELECT owner, session_id, number FROM turns
+        WHERE created_at < now() - make_interval(days => retention_days) AND status <> 'running'
+        ORDER BY created_at LIMIT 500);
 END $$;
