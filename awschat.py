@@ -107,6 +107,9 @@ class Settings(BaseModel):
     ON_DISCONNECT: Literal["finish", "stop"] = "finish"  # what a turn does when its last watcher has gone
     MAX_STREAMS: Count = 1000  # running turns; more get 503
     POOL_SIZE: Annotated[int, Field(ge=1, le=1000)] = 10  # database connections
+    STATEMENT_CACHE: Count = (
+        100  # statements that each of them keeps prepared; 0 behind PgBouncer before 1.21
+    )
     API_KEYS: Annotated[dict[str, Key], KeyList] = {}  # name:key,... of the owners
     CORS_ORIGINS: Annotated[tuple[str, ...], CommaList] = ()  # origins whose pages may call; * for every page
     RATE_PER_MINUTE: Count = 0  # turns that an owner (without keys: an address) may start; 0: any number
@@ -978,7 +981,8 @@ async def main(database_url: str) -> None:
     await open_provider()
     # No statement here changes the state of its connection: nothing to reset, one round trip less.
     options = {"min_size": 0, "max_size": settings.POOL_SIZE, "reset": lambda connection: asyncio.sleep(0)}
-    live.pool = await asyncpg.create_pool(database_url, timeout=DATABASE_SECONDS, **options)
+    options |= {"statement_cache_size": settings.STATEMENT_CACHE, "timeout": DATABASE_SECONDS}
+    live.pool = await asyncpg.create_pool(database_url, **options)
     config = Config.from_mapping(bind=f"{settings.HOST}:{settings.PORT}", backlog=4096, loglevel="WARNING")
     config.keep_alive_timeout = 75  # above the 60 s of load balancers, which else answer with 502 at times
     config.include_server_header = False

@@ -49,11 +49,12 @@ CREATE TABLE IF NOT EXISTS rate_limits (
     empty_at timestamptz NOT NULL
 );
 
--- A message table for clients that know one: two rows a turn.
+-- A message table for clients that know one: two rows a turn; where nothing was answered, what the user was told.
 CREATE OR REPLACE VIEW chat_messages AS
     SELECT session_id, message.role, message.content, message.created_at, owner, number, message.id, status
     FROM turns, LATERAL (VALUES (2 * number, 'user', question, created_at),
-        (2 * number + 1, 'assistant', reply, coalesce(finished_at, created_at))) AS message (id, role, content, created_at)
+        (2 * number + 1, 'assistant', coalesce(nullif(reply, ''), error, ''), coalesce(finished_at, created_at))
+    ) AS message (id, role, content, created_at)
     WHERE message.content <> '';
 
 -- Claims a session for a new turn, all or nothing. Outcomes:
