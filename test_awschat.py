@@ -9,6 +9,7 @@ in a temporary directory. The tests share them unless they need settings of thei
 tells them apart. Every stream that a test reads is held against the wire contract, byte by byte: see Stream.
 """
 
+import ast
 import asyncio
 import contextlib
 import functools
@@ -1280,6 +1281,63 @@ def test_the_question_is_stored_before_the_model_is_called(service, database):
     row = until(lambda: database.turns(session))[0]
     assert (row["question"], row["status"]) == (message, "running")
     assert stream.rest()[-1]["type"] == "error"
+
+
+# ---- Database: every statement ----
+
+FILL = """INSERT INTO turns (owner, session_id, number, id, idempotency_key, question, reply, status, lease_until)
+    SELECT 'owner' || n % 7, 'session' || n % 20, n, 'turn' || n, 'key' || n, 'question', repeat('reply ', 20),
+        CASE WHEN n > 39860 THEN 'running' ELSE 'complete' END, now() + interval '1 hour'
+    FROM generate_series(1, 40000) AS n"""
+SAMPLES = {
+    "text": "turn1",
+    "int8": 500,
+    "int4": 50,
+    "float8": 10.0,
+    "jsonb": "[]",
+}  # values by PostgreSQL's types
+
+
+def statements():
+    """The SQL of awschat.py that is about the turns of a session; claim_turn is schema.sql's."""
+    nodes = ast.walk(ast.parse((HERE / "awschat.py").read_text()))
+    texts = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
+    about_turns = re.compile(r"(SELECT|UPDATE|DELETE) (?!.*claim_turn).*\$2", re.DOTALL)
+    return [text for text in texts if about_turns.match(text)]
+
+
+@pytest.fixture(scope="session")
+def plan(database):
+    """plan(statement) is how PostgreSQL would run it on 40,000 turns in 140 sessions, one of each running."""
+    url = database.new()
+
+    async def work(statement):
+        connection = await asyncpg.connect(url)
+        try:
+            if statement is None:
+                await connection.execute((HERE / "schema.sql").read_text())
+                await connection.execute(f"{FILL}; ANALYZE turns")
+                return None
+            types = [each.name for each in (await connection.prepare(statement)).get_parameters()]
+            values = ["owner1", "session1", *(SAMPLES[name] for name in types[2:])]
+            return "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {statement}", *values))
+        finally:
+            await connection.close()
+
+    wait_for(work(None))
+    return lambda statement: wait_for(work(statement))
+
+
+def test_all_statements_about_turns_are_known():
+    assert len(statements()) == 8
+
+
+@pytest.mark.parametrize("statement", statements(), ids=lambda text: " ".join(text.split())[:40])
+def test_every_statement_names_owner_and_session_and_uses_an_index(statement, plan):
+    """So it touches one shard of a distributed database, and does not slow down as the table grows."""
+    assert "owner = $1" in statement and "session_id = $2" in statement
+    steps = plan(statement)
+    assert "Index" in steps and "Seq Scan" not in steps, steps
 
 
 # ---- HTTP: the wire contract ----
