@@ -132,8 +132,8 @@ def load_settings() -> Settings:
 settings = load_settings()
 SYSTEM_PROMPT = settings.SYSTEM_PROMPT_FILE.read_text(encoding="utf-8")
 LEASE_SECONDS = 10  # the longest that a turn whose process has died blocks its session
-BEAT_SECONDS = 0.9  # how often a running turn renews its lease, saves its text and learns that it shall stop
-DATABASE_SECONDS = 3  # how long a statement may take; then the database counts as away
+BEAT_SECONDS = 0.8  # how often a running turn renews its lease, saves its text and learns that it shall stop
+DATABASE_SECONDS = 10  # how long a statement may take; then the database counts as away
 SLACK_CHARS = 600  # text that may be shown unproven after a confident allow
 PROOF_CHARS = 300  # AWS terms this close prove what is between them; past it the model is asked
 REPLY_CHARS = 100_000  # a longer reply is cut, so that no provider can fill the memory
@@ -493,7 +493,7 @@ async def query(sql: str, *args: object, until: float = 0) -> list[asyncpg.Recor
         try:
             if not live.prepared:
                 raise OSError("schema.sql is not applied yet")
-            async with live.pool.acquire(timeout=DATABASE_SECONDS) as connection:
+            async with live.pool.acquire(timeout=2 * DATABASE_SECONDS) as connection:  # long only under load
                 return await connection.fetch(sql, *args, timeout=DATABASE_SECONDS)
         except DATABASE_ERRORS as failure:
             if str(getattr(failure, "sqlstate", ""))[:2] in ("22", "23", "42", "AW"):  # it is the statement
@@ -696,7 +696,7 @@ async def events(turn: Turn) -> AsyncIterator[str]:
         while not turn.saved:
             if turn.shown > seen:
                 seen, spoke, text = turn.shown, clock(), turn.text[seen : turn.shown]
-                yield f"data: {to_json({'type': 'token', 'content': text})}\n\n"
+                yield f'data: {{"type":"token","content":{json.dumps(text)}}}\n\n'
                 continue
             bell.clear()
             alarm = loop.call_later(settings.PING_SECONDS if turn.task else BEAT_SECONDS / 2, bell.set)
@@ -950,6 +950,9 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         self.protocol.protocol._check_protocol = self.ignore_upgrade
+        refuse = self.protocol.protocol._send_error_response
+        # h11's 501, for an unknown transfer coding, is the client's mistake here, too.
+        self.protocol.protocol._send_error_response = lambda status: refuse(400 if status == 501 else status)
         await super()._read_data()
         # Else a connection that its client has closed would stay open for keep_alive_timeout.
         self.idle_task.restart = lambda *_: asyncio.sleep(0)

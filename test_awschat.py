@@ -462,7 +462,9 @@ def start_shared(database, provider):
         return services[-1]
 
     yield start
-    assert [service.terminate() for service in services] == [0] * len(services)
+    for service in services:
+        service.signal(signal.SIGTERM)
+    assert [service.wait() for service in services] == [0] * len(services)
     assert not any("Traceback" in service.stderr for service in services), [each.stderr for each in services]
 
 
@@ -700,7 +702,7 @@ def test_the_provider_gets_prompt_history_and_question_but_no_refused_or_failed_
     assert sent(call) == [user, assistant, ("user", stopped), ("assistant", half_reply), ("user", last)]
 
 
-@pytest.mark.parametrize("limit, turns", [(0, 0), (1700, 2), (100_000, 4)])
+@pytest.mark.parametrize("limit, turns", [(0, 0), (1700, 2)])
 def test_history_is_the_newest_whole_turns_that_fit(start_service, provider, limit, turns):
     service, session = start_service(HISTORY_CHARS=limit), new_session()
     said = []
@@ -1164,7 +1166,7 @@ DRIFTS = [(k, paragraph) for k in (0, 90, 500, 1500) for paragraph in (0, 1)]
 @pytest.mark.parametrize("k, paragraph", DRIFTS)
 def test_in_doubt_no_word_off_scope_is_shown(service, database, k, paragraph):
     session = new_session()
-    events = service.stream(doubtful(drift=k, paragraph=paragraph), session)
+    events = service.stream(doubtful(drift=k, paragraph=paragraph, size=8), session)
     refusal, shown = refusal_and_shown(events)
     assert fake_openai.on_scope(k).startswith(shown)
     assert database.turn(session)["reply"] == refusal
@@ -1179,7 +1181,7 @@ def test_in_doubt_not_even_a_short_end_off_scope_is_shown(service):
 def test_after_a_confident_allow_at_most_600_characters_off_scope_are_shown(service, database, k, paragraph):
     session = new_session()
     slow = {"judge_delay": 0.3} if paragraph else {}  # what is said meanwhile may not be shown either
-    events = service.stream(question(drift=k, paragraph=paragraph, length=k + 3000, **slow), session)
+    events = service.stream(question(drift=k, paragraph=paragraph, length=k + 3000, size=8, **slow), session)
     refusal, shown = refusal_and_shown(events)
     assert fake_openai.drifting(k, k + 3000, paragraph).startswith(shown)
     assert len(shown) <= k + 600
@@ -1195,7 +1197,7 @@ def test_after_a_confident_allow_text_flows_at_once(service, provider):
 
 @pytest.mark.parametrize("ask", [question, doubtful])
 def test_what_the_judge_allows_is_shown_in_full(service, ask):
-    event = service.ask(ask(drift=300, length=4000, judge_answer="ALLOW"))
+    event = service.ask(ask(drift=300, length=4000, size=20, judge_answer="ALLOW"))
     assert event["content"] == fake_openai.drifting(300, 4000)
 
 
@@ -1280,7 +1282,7 @@ def test_the_question_is_stored_before_the_model_is_called(service, database):
     stream = service.open(message, session)
     row = until(lambda: database.turns(session))[0]
     assert (row["question"], row["status"]) == (message, "running")
-    assert stream.rest()[-1]["type"] == "error"
+    assert service.stop(stream)["status"] == "stopped"
 
 
 # ---- Database: every statement ----
@@ -1368,7 +1370,7 @@ def test_a_stream_is_exactly_these_bytes(service):
 def test_the_headers_are_sent_before_there_is_anything_to_say(service):
     stream = service.open(question(fault="hang"))
     assert stream.status == 200
-    assert stream.rest()[-1]["type"] == "error"
+    assert service.stop(stream)["status"] == "stopped"
 
 
 def test_silence_is_filled_with_comments_of_one_line_feed(start_service):
@@ -3182,10 +3184,10 @@ def test_a_database_that_hangs_is_no_better_than_a_lost_one(start_service, own_d
     service = start_service(DATABASE_URL=own_database.url)
     stream = service.open(question(tokens=100, interval=0.01)).until_token()
     with own_database.frozen():
-        refused = service.post("/chat/stream", json={"message": "What is S3?", "session_id": "x"}, timeout=10)
-        assert refused.status_code == 503 and refused.headers["Retry-After"]
+        refused = service.open(question())
         assert service.get("/ready", timeout=10).status_code == 503
         assert service.get("/health").status_code == 200
+        assert refused.status == 503 and refused.response.headers["Retry-After"]
     assert stream.rest()[-1]["status"] == "complete"
     until(service.ready)
     assert service.ask(question())["status"] == "complete"
