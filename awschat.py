@@ -45,6 +45,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import aiohttp
 import asyncpg
@@ -69,7 +70,7 @@ from werkzeug import exceptions as http
 
 __version__ = "1.0.0"
 HERE = Path(__file__).parent
-clock = time.monotonic  # the event loop's own
+clock = time.monotonic
 unavailable = partial(http.ServiceUnavailable, retry_after=2)
 
 # ---- Settings ----
@@ -77,6 +78,7 @@ unavailable = partial(http.ServiceUnavailable, retry_after=2)
 CommaList = BeforeValidator(lambda text: [item.strip() for item in text.split(",") if item.strip()])
 KeyList = BeforeValidator(lambda text: dict(item.strip().partition(":")[::2] for item in text.split(",")))
 Key = Annotated[SecretStr, Field(min_length=16)]
+POSTGRES = r"^postgres(ql)?://([^/@]*@)?[^/@:]*(:\d+)?([/?,].*)?$"  # asyncpg would quote what it can't parse
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 
@@ -91,7 +93,7 @@ class Settings(BaseModel):
     OPENAI_MODEL: str = "gpt-4.1-mini"  # answers
     GUARD_MODEL: str = ""  # judges where the rules can't; empty: OPENAI_MODEL
     MODEL_OPTIONS: Json[dict] = {}  # JSON merged into every request to the provider
-    DATABASE_URL: Annotated[str, Field(pattern="^postgres(ql)?://")] = ""  # empty: an embedded PostgreSQL
+    DATABASE_URL: Annotated[str, Field(pattern=POSTGRES)] = ""  # postgresql://...; empty: an embedded one
     HOST: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 for all
     PORT: Annotated[int, Field(ge=0, le=65_535)] = 8000
     SYSTEM_PROMPT_FILE: FilePath = HERE / "system_prompt.txt"  # what the model is told
@@ -133,7 +135,7 @@ settings = load_settings()
 SYSTEM_PROMPT = settings.SYSTEM_PROMPT_FILE.read_text(encoding="utf-8")
 LEASE_SECONDS = 10  # the longest that a turn whose process has died blocks its session
 BEAT_SECONDS = 0.8  # how often a running turn renews its lease, saves its text and learns that it shall stop
-DATABASE_SECONDS = 10  # how long a statement may take; then the database counts as away
+DATABASE_SECONDS = 3  # how long a statement may take; then the database counts as away
 SLACK_CHARS = 600  # text that may be shown unproven after a confident allow
 PROOF_CHARS = 300  # AWS terms this close prove what is between them; past it the model is asked
 REPLY_CHARS = 100_000  # a longer reply is cut, so that no provider can fill the memory
@@ -144,6 +146,8 @@ CUT = "\n\n(The answer was cut at the length limit. Ask me to continue.)"
 
 State = Enum("State", "GUARD GENERATE REVIEW REFUSE DONE")
 TURNS: dict[str, "Turn"] = {}  # those that run in this process, by id
+PLACES = asyncio.Semaphore(settings.POOL_SIZE)  # at the database connections
+CLAIMS = WeakValueDictionary()  # {(owner, session_id): lock} while sessions are claimed
 live = SimpleNamespace(
     demo=False, prepared=False, claims=0, draining=False, stopping=False
 )  # and pool, ask: Main
@@ -200,7 +204,7 @@ class Turn:
 
 async def walk(turn: Turn) -> None:
     """Take the turn from step to step until it is DONE. Raises what a step raises, and TimeoutError."""
-    async with asyncio.timeout_at(turn.began + settings.TURN_SECONDS):
+    async with asyncio.timeout(turn.began + settings.TURN_SECONDS - clock()):
         while turn.state is not State.DONE:
             step, since = turn.state, clock()
             turn.state = await STEPS[step](turn)
@@ -288,15 +292,17 @@ async def read_answer(turn: Turn) -> None:
     messages.append({"role": "user", "content": turn.question})
     body = {"model": settings.OPENAI_MODEL, "messages": messages, "stream": True}
     body |= {"stream_options": {"include_usage": True}} | settings.MODEL_OPTIONS
-    finish, rest = "", b""
+    finish, rest, loop = "", b"", asyncio.get_running_loop()
     try:
         async with asyncio.timeout(settings.FIRST_TOKEN_SECONDS) as patience, live.ask(json=body) as response:
             async for data in response.content.iter_any():
                 *lines, rest = (rest + data).split(b"\n")
                 said, reason = unpack(turn, lines)
                 finish = reason or finish
-                due = clock() + (1 if finish else settings.STALL_SECONDS)  # behind the text comes the usage
-                if (said or finish) and abs(due - patience.when()) > 0.5:  # not a new timer for each token
+                due = loop.time() + (
+                    1 if finish else settings.STALL_SECONDS
+                )  # behind the text comes the usage
+                if (said or reason) and abs(due - patience.when()) > 0.5:  # not a new timer for each token
                     patience.reschedule(due)
                 turn.text += said
                 release(turn)
@@ -305,7 +311,7 @@ async def read_answer(turn: Turn) -> None:
                     break
                 if len(data) > 4096:  # a burst: let the other turns have their share of the loop
                     await asyncio.sleep(0)
-    except PROVIDER_ERRORS:
+    except (aiohttp.ClientError, OSError):
         if not finish:
             raise
     if finish in ("", "content_filter") or not turn.text.strip():
@@ -315,17 +321,21 @@ async def read_answer(turn: Turn) -> None:
 
 
 def unpack(turn: Turn, lines: list[bytes]) -> tuple[str, str]:
-    """Text and finish reason ("" for none) in some lines of the provider's stream. Raises PROVIDER_ERRORS."""
+    """Text and finish reason ("" for none) in some lines of the provider's stream. Raises 503."""
     said = finish = ""
-    for line in lines:
-        if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-            chunk = json.loads(line[5:])
-            if "error" in chunk:
-                raise unavailable("The model provider broke off with an error. Please try again.")
-            turn.usage = chunk.get("usage") or turn.usage
-            for choice in chunk.get("choices") or ():  # none beside the usage and Azure's filter reports
-                said += (choice.get("delta") or {}).get("content") or ""
-                finish = choice.get("finish_reason") or finish
+    try:
+        for line in lines:
+            if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+                chunk = json.loads(line[5:])
+                if "error" in chunk:
+                    raise unavailable("The model provider broke off with an error. Please try again.")
+                usage = chunk.get("usage") or {}
+                turn.usage |= {name: n for name, n in usage.items() if type(n) is int and 0 <= n < 2**31}
+                for choice in chunk.get("choices") or ():  # none beside the usage and Azure's filter reports
+                    said += (choice.get("delta") or {}).get("content") or ""
+                    finish = choice.get("finish_reason") or finish
+    except (ValueError, LookupError, AttributeError, TypeError) as nonsense:
+        raise unavailable("The model provider sent something unreadable. Please try again.") from nonsense
     # PostgreSQL can hold neither NUL nor half a surrogate pair.
     return said.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace"), finish
 
@@ -493,7 +503,8 @@ async def query(sql: str, *args: object, until: float = 0) -> list[asyncpg.Recor
         try:
             if not live.prepared:
                 raise OSError("schema.sql is not applied yet")
-            async with live.pool.acquire(timeout=2 * DATABASE_SECONDS) as connection:  # long only under load
+            # Waiting for a place is load, waiting behind it is a database that is away.
+            async with PLACES, live.pool.acquire(timeout=DATABASE_SECONDS) as connection:
                 return await connection.fetch(sql, *args, timeout=DATABASE_SECONDS)
         except DATABASE_ERRORS as failure:
             if str(getattr(failure, "sqlstate", ""))[:2] in ("22", "23", "42", "AW"):  # it is the statement
@@ -507,20 +518,23 @@ async def begin(turn: Turn, key: str | None, bucket: str) -> Turn:
     """Claim the session and start the turn, or find the one that this repeats. Raises 422, 429, 503."""
     if live.draining or len(TURNS) + live.claims >= settings.MAX_STREAMS:
         raise unavailable("The service is full, or about to restart. Please try again soon.")
-    live.claims += 1
+    live.claims, rate = live.claims + 1, settings.RATE_PER_MINUTE
     sql = "SELECT * FROM claim_turn($1, $2, $3, $4, $5, $6, $7, $8)"
     claim = turn.owner, turn.session_id, turn.id, turn.question, key, LEASE_SECONDS, bucket
+    order = CLAIMS.setdefault((turn.owner, turn.session_id), asyncio.Lock())  # first come, first served
     try:
-        while True:
-            [(outcome, id, number)] = await query(sql, *claim, settings.RATE_PER_MINUTE)
-            if outcome == "claimed":
-                turn.number, TURNS[id] = number, turn
-                turn.task = asyncio.create_task(run(turn))
-            if outcome != "busy":
-                return await find(turn.owner, turn.session_id, id, number)
-            if id in TURNS:  # its row asks it to stop, too, but is read only once a beat
-                TURNS[id].stop()
-            await asyncio.sleep(0.05)
+        async with order:
+            while True:
+                [(outcome, id, number)] = await query(sql, *claim, rate)
+                if outcome == "claimed":
+                    turn.number, TURNS[id] = number, turn
+                    turn.task = asyncio.create_task(run(turn))
+                if outcome != "busy":
+                    return await find(turn.owner, turn.session_id, id, number)
+                if id in TURNS:  # its row asks it to stop, too, but is read only once a beat
+                    TURNS[id].stop()
+                rate = 0  # it has been paid
+                await asyncio.sleep(0.05)
     finally:
         live.claims -= 1
 
@@ -537,10 +551,7 @@ async def refresh(turn: Turn) -> None:
     """Take over what the turn's row says; if it has gone or its process has died, the turn has failed."""
     sql = """SELECT status, reply, error, lease_until < now() FROM turns
         WHERE owner = $1 AND session_id = $2 AND number = $3 AND id = $4"""
-    try:
-        rows = await query(sql, *turn.row, until=turn.began + settings.TURN_SECONDS)
-    except http.ServiceUnavailable as away:
-        rows = [("failed", turn.text[: turn.shown], away.description, False)]
+    rows = await query(sql, *turn.row)
     erased = "failed", "", "This conversation was erased.", False
     status, reply, error, expired = rows[0] if rows else erased
     if status == "running" and (expired or live.stopping):
@@ -556,7 +567,9 @@ async def beat(turn: Turn) -> None:
     """Renew the lease, save what was shown; stop the turn if its row asks for that or is no longer its."""
     sql = """UPDATE turns SET lease_until = now() + make_interval(secs => $5), reply = $6 WHERE owner = $1
         AND session_id = $2 AND number = $3 AND id = $4 AND status = 'running' RETURNING stop_requested"""
-    with suppress(http.ServiceUnavailable):  # the lease outlives several missed beats
+    if settings.ON_DISCONNECT == "stop" and not turn.watchers:
+        turn.stop()
+    with suppress(http.ServiceUnavailable, asyncpg.PostgresError):  # the lease outlives several missed beats
         rows = await query(sql, *turn.row, LEASE_SECONDS, turn.text[: turn.shown])
         if not rows or rows[0]["stop_requested"]:
             turn.stop()
@@ -585,9 +598,8 @@ async def maintain() -> None:
     while True:
         try:
             async with live.pool.acquire(timeout=DATABASE_SECONDS) as connection:
-                await connection.execute(
-                    f"SELECT tidy_up({settings.RETENTION_DAYS})" if live.prepared else schema
-                )
+                tidy_up = f"SELECT tidy_up({settings.RETENTION_DAYS})"
+                await connection.execute(tidy_up if live.prepared else schema, timeout=60)
             live.prepared = True
         except DATABASE_ERRORS as failure:
             log("the database is away", problem=type(failure).__name__)
@@ -643,11 +655,14 @@ async def read(model: type[BaseModel] = Session) -> BaseModel:
 
 def client_address() -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """Where the request comes from: the nearest address that is not one of TRUSTED_PROXIES."""
-    hops = [request.remote_addr, *reversed(request.headers.get("X-Forwarded-For", "").split(","))]
-    address = ipaddress.ip_address(0)
-    for hop in hops:
-        with suppress(ValueError):
-            address = ipaddress.ip_address(hop.strip().removeprefix("::ffff:"))
+    hops = re.split(r"[\s,]+", request.headers.get("X-Forwarded-For", ""))
+    for hop in [request.remote_addr, *reversed([hop for hop in hops if hop])]:
+        if "]:" in hop or hop.count(":") == 1:  # some proxies add the port
+            hop = hop.rpartition(":")[0].strip("[]")
+        try:
+            address = ipaddress.ip_address(hop.removeprefix("::ffff:"))
+        except ValueError:
+            raise http.BadRequest("X-Forwarded-For holds something that is no address.") from None
         if not any(address in network for network in settings.TRUSTED_PROXIES):
             break
     return address
@@ -702,8 +717,13 @@ async def events(turn: Turn) -> AsyncIterator[str]:
             alarm = loop.call_later(settings.PING_SECONDS if turn.task else BEAT_SECONDS / 2, bell.set)
             await bell.wait()
             alarm.cancel()
-            if not turn.task:
-                await refresh(turn)
+            try:
+                if not turn.task:
+                    await refresh(turn)
+            except http.ServiceUnavailable as away:  # it may come back until the turn must have ended
+                if live.stopping or clock() > turn.began + settings.TURN_SECONDS:
+                    turn.fail(away)
+                    turn.show(len(turn.text), saved=True)
             if turn.shown == seen and not turn.saved and clock() - spoke > settings.PING_SECONDS - 0.1:
                 spoke = clock()
                 yield ": ping\n"  # one line feed: after a blank line some clients see an empty event
@@ -714,8 +734,6 @@ async def events(turn: Turn) -> AsyncIterator[str]:
         yield "".join(f"data: {to_json(event)}\n\n" for event in closing)
     finally:
         turn.watchers.discard(bell)
-        if not turn.watchers and settings.ON_DISCONNECT == "stop":
-            turn.stop()
 
 
 async def closing(turn: Turn) -> tuple[dict, int, dict]:
@@ -744,11 +762,12 @@ async def get_chat():
     sql = """SELECT id, role, content, status, created_at FROM chat_messages
         WHERE owner = $1 AND session_id = $2 AND number <= $3::bigint / 2 AND id < $3
         ORDER BY number DESC, role LIMIT $4"""
-    rows = await query(sql, owner, asked.session_id, asked.before, asked.limit)
+    rows = await query(sql, owner, asked.session_id, asked.before, asked.limit + 1)
     if not rows and "before" not in request.args:
         raise http.NotFound("There is no such session.")
-    messages = [{**row, "created_at": row["created_at"].isoformat()} for row in rows]
-    return {"messages": messages, "before": messages[-1]["id"] if len(rows) == asked.limit else None}
+    messages = [{**row, "created_at": row["created_at"].isoformat()} for row in rows[: asked.limit]]
+    before = messages[-1]["id"] if len(rows) > asked.limit else None
+    return {"messages": messages, "before": before}, 200, {"Cache-Control": "no-store"}
 
 
 @app.delete("/chat")

@@ -61,7 +61,7 @@ CREATE OR REPLACE VIEW chat_messages AS
 --   claimed  the question is stored as this turn, running; the caller must run it
 --   repeat   the request repeats this turn, running or finished: watch that one
 --   busy     this turn runs, and has been asked to stop: claim again in a moment
--- A refusal is an exception whose SQLSTATE is AW and the HTTP status, its hint the kind, its detail the seconds to wait.
+-- A refusal is an exception whose SQLSTATE is AW and the HTTP status, its detail the seconds to wait.
 CREATE OR REPLACE FUNCTION claim_turn(
     new_owner text, new_session text, new_id text, new_question text, new_key text, lease_seconds double precision,
     rate_bucket text, per_minute integer)
@@ -79,7 +79,7 @@ BEGIN
     SELECT * INTO twin FROM turns WHERE owner = new_owner AND session_id = new_session AND idempotency_key = new_key;
     IF twin.question <> new_question THEN
         RAISE EXCEPTION 'This Idempotency-Key belongs to another message. Please make a new one.'
-            USING ERRCODE = 'AW422', HINT = 'key';
+            USING ERRCODE = 'AW422';
     ELSIF twin.status <> 'failed' THEN
         RETURN QUERY SELECT 'repeat', twin.id, twin.number;
         RETURN;
@@ -89,17 +89,9 @@ BEGIN
     IF ongoing.question = new_question THEN
         RETURN QUERY SELECT 'repeat', ongoing.id, ongoing.number;
         RETURN;
-    ELSIF ongoing.stop_requested < now() - interval '2 seconds' THEN  -- its process hangs, or is dead: it lost its lease
-        UPDATE turns SET lease_until = '-infinity'
-            WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
-        PERFORM end_expired_turns(new_owner, new_session);
-    ELSIF ongoing.id IS NOT NULL THEN
-        UPDATE turns SET stop_requested = coalesce(stop_requested, now())
-            WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
-        RETURN QUERY SELECT 'busy', ongoing.id, ongoing.number;
-        RETURN;
     END IF;
 
+    -- Before the running turn is asked to stop: a message that is refused here must not end it.
     IF per_minute > 0 THEN
         drip := interval '1 minute' / per_minute;
         INSERT INTO rate_limits AS b VALUES (rate_bucket, now() + drip)
@@ -108,8 +100,19 @@ BEGIN
         IF NOT FOUND THEN
             SELECT empty_at + drip - interval '1 minute' INTO until FROM rate_limits WHERE bucket = rate_bucket;
             RAISE EXCEPTION 'Too many questions. Please wait % s.', ceil(extract(epoch FROM until - now()))
-                USING ERRCODE = 'AW429', HINT = 'rate', DETAIL = ceil(extract(epoch FROM until - now()));
+                USING ERRCODE = 'AW429', DETAIL = ceil(extract(epoch FROM until - now()));
         END IF;
+    END IF;
+
+    IF ongoing.stop_requested < now() - interval '2 seconds' THEN  -- its process hangs, or is dead: it lost its lease
+        UPDATE turns SET lease_until = '-infinity'
+            WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
+        PERFORM end_expired_turns(new_owner, new_session);
+    ELSIF ongoing.id IS NOT NULL THEN
+        UPDATE turns SET stop_requested = coalesce(stop_requested, now())
+            WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
+        RETURN QUERY SELECT 'busy', ongoing.id, ongoing.number;
+        RETURN;
     END IF;
 
     -- A retry takes the failed attempt's place, so the history shows the question once.

@@ -1739,6 +1739,23 @@ def test_eight_messages_at_once_in_one_session_all_close_and_none_is_lost(servic
     assert history[-1][2] == "complete"
 
 
+def test_of_two_quick_messages_the_later_one_wins(service):
+    for _ in range(5):
+        session = new_session()
+        streams = [service.open(question(**SLOW), session) for _ in range(2)]
+        last = service.open(question(), session)
+        assert [stream.rest()[-1]["status"] for stream in streams] == ["stopped", "stopped"]
+        assert last.rest()[-1]["status"] == "complete"
+
+
+def test_a_message_over_the_limit_does_not_stop_the_running_answer(start_service, database):
+    service, session = start_service(RATE_PER_MINUTE=1, DATABASE_URL=database.new()), new_session()
+    stream = service.open(question(**SLOW), session)
+    stream.until_token()
+    assert service.open(question(), session).status == 429
+    assert service.stop(stream)["status"] == "stopped"  # 404 if nothing ran any more
+
+
 # ---- A turn survives: slow clients ----
 
 
@@ -3185,7 +3202,7 @@ def test_a_database_that_hangs_is_no_better_than_a_lost_one(start_service, own_d
     stream = service.open(question(tokens=100, interval=0.01)).until_token()
     with own_database.frozen():
         refused = service.open(question())
-        assert service.get("/ready", timeout=10).status_code == 503
+        assert service.get("/ready", timeout=25).status_code == 503
         assert service.get("/health").status_code == 200
         assert refused.status == 503 and refused.response.headers["Retry-After"]
     assert stream.rest()[-1]["status"] == "complete"
