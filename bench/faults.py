@@ -430,14 +430,14 @@ def malformed(rows, messages):
     stored = []
     for row in rows:
         stored.append(("user", row["question"], row["status"]))
-        if row["reply"]:
-            stored.append(("assistant", row["reply"], row["status"]))
-        elif row["status"] != "failed":
+        told = row["reply"] or row["error"]  # where nothing was answered, what the user was told
+        stored.append(("assistant", told, row["status"]))
+        if not row["reply"] and row["status"] != "failed":
             yield f"turn {row['number']} is {row['status']} without a reply"
     if stored != [(m["role"], m["content"], m["status"]) for m in messages]:
         yield "GET /chat differs from the table"
     for one, two in zip(stored, stored[1:], strict=False):
-        if one[0] == two[0] and one[2] != "failed":
+        if one[0] == two[0]:
             yield f"two messages of the {one[0]} in a row"
 
 
