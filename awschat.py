@@ -285,7 +285,7 @@ STEPS = {State.GUARD: guard, State.GENERATE: generate, State.REVIEW: review, Sta
 
 
 async def read_answer(turn: Turn) -> None:
-    """Stream the provider's answer into turn.text until it says why it ended. Raises PROVIDER_ERRORS."""
+    """Stream the answer into turn.text until the provider ends it. Raises 503, OSError, ClientError."""
     messages = [{"role": "system", "content": SYSTEM_PROMPT}]
     for question, reply in turn.history:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
