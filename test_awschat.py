@@ -1742,7 +1742,10 @@ def test_eight_messages_at_once_in_one_session_all_close_and_none_is_lost(servic
 def test_of_two_quick_messages_the_later_one_wins(service):
     for _ in range(5):
         session = new_session()
-        streams = [service.open(question(**SLOW), session) for _ in range(2)]
+        streams = []
+        for _ in range(2):
+            streams.append(service.open(question(**SLOW), session))
+            service.ready()  # a request sent later is answered: this one has been read, and claims
         last = service.open(question(), session)
         assert [stream.rest()[-1]["status"] for stream in streams] == ["stopped", "stopped"]
         assert last.rest()[-1]["status"] == "complete"
