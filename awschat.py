@@ -27,7 +27,6 @@ REVIEW judges what is unproven at the end. Then the row of the turn is committed
 """
 
 import asyncio
-import ipaddress
 import json
 import os
 import re
@@ -39,9 +38,10 @@ import unicodedata
 import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from configparser import ConfigParser
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from enum import Enum
 from functools import partial
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
@@ -50,22 +50,10 @@ from weakref import WeakValueDictionary
 import aiohttp
 import asyncpg
 import prometheus_client as prometheus
-from hypercorn.asyncio import run as hypercorn_run
-from hypercorn.asyncio import serve
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.config import Config
-from hypercorn.protocol.h11 import h11
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    FilePath,
-    IPvAnyNetwork,
-    Json,
-    SecretStr,
-    ValidationError,
-)
+import uvicorn
+from pydantic import BaseModel, BeforeValidator, Field, FilePath, Json, SecretStr, ValidationError
 from quart import Quart, Response, request
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from werkzeug import exceptions as http
 
 __version__ = "1.0.0"
@@ -87,9 +75,7 @@ class Settings(BaseModel):
     """The environment variables that awschat reads; an empty one counts as not set."""
 
     OPENAI_API_KEY: SecretStr = SecretStr("")  # without key and base URL the demo provider answers
-    OPENAI_BASE_URL: Annotated[str, Field(pattern="^https?://")] = (
-        ""  # OpenAI-compatible: Ollama, Bedrock, ...
-    )
+    OPENAI_BASE_URL: Annotated[str, Field(pattern="^https?://")] = ""  # of Ollama, Amazon Bedrock, ...
     OPENAI_MODEL: str = "gpt-4.1-mini"  # answers
     GUARD_MODEL: str = ""  # judges where the rules can't; empty: OPENAI_MODEL
     MODEL_OPTIONS: Json[dict] = {}  # JSON merged into every request to the provider
@@ -109,13 +95,13 @@ class Settings(BaseModel):
     ON_DISCONNECT: Literal["finish", "stop"] = "finish"  # what a turn does when its last watcher has gone
     MAX_STREAMS: Count = 1000  # running turns; more get 503
     POOL_SIZE: Annotated[int, Field(ge=1, le=1000)] = 10  # database connections
-    STATEMENT_CACHE: Count = (
-        100  # statements that each of them keeps prepared; 0 behind PgBouncer before 1.21
-    )
+    STATEMENT_CACHE: Count = 100  # prepared statements of each; 0 behind a PgBouncer before 1.21
     API_KEYS: Annotated[dict[str, Key], KeyList] = {}  # name:key,... of the owners
     CORS_ORIGINS: Annotated[tuple[str, ...], CommaList] = ()  # origins whose pages may call; * for every page
     RATE_PER_MINUTE: Count = 0  # turns that an owner (without keys: an address) may start; 0: any number
-    TRUSTED_PROXIES: Annotated[tuple[IPvAnyNetwork, ...], CommaList] = ()  # whose X-Forwarded-For is believed
+    TRUSTED_PROXIES: Annotated[
+        tuple[IPv4Network | IPv6Network, ...], CommaList
+    ] = ()  # whose X-Forwarded-For is believed
     RETENTION_DAYS: Count = 0  # turns older than this are erased; 0: none
 
 
@@ -653,28 +639,13 @@ async def read(model: type[BaseModel] = Session) -> BaseModel:
     return model.model_validate_json(await request.get_data())
 
 
-def client_address() -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Where the request comes from: the nearest address that is not one of TRUSTED_PROXIES."""
-    hops = re.split(r"[\s,]+", request.headers.get("X-Forwarded-For", ""))
-    for hop in [request.remote_addr, *reversed([hop for hop in hops if hop])]:
-        if "]:" in hop or hop.count(":") == 1:  # some proxies add the port
-            hop = hop.rpartition(":")[0].strip("[]")
-        try:
-            address = ipaddress.ip_address(hop.removeprefix("::ffff:"))
-        except ValueError:
-            raise http.BadRequest("X-Forwarded-For holds something that is no address.") from None
-        if not any(address in network for network in settings.TRUSTED_PROXIES):
-            break
-    return address
-
-
 @app.post("/chat")
 @app.post("/chat/stream")
 async def post_chat():
     owner, asked, key = authenticate(), await read(Question), request.headers.get("Idempotency-Key")
     if key is not None and not re.fullmatch("[!-~]{1,128}", key):
         raise http.UnprocessableEntity("Idempotency-Key: send 1 to 128 visible ASCII characters.")
-    bucket = owner if settings.API_KEYS else str(client_address())
+    bucket = owner if settings.API_KEYS else request.remote_addr
     claim = asyncio.create_task(begin(Turn(owner, asked.session_id, asked.message), key, bucket))
     claim.add_done_callback(
         lambda task: task.cancelled() or task.exception()
@@ -799,7 +770,7 @@ async def get_ready():
 
 @app.get("/metrics")
 async def get_metrics() -> Response:
-    if not client_address().is_private and authenticate() == "everyone":
+    if not ip_address(request.remote_addr).is_private and authenticate() == "everyone":
         raise http.Unauthorized("Metrics are for private addresses, or with a key.")
     return Response(prometheus.generate_latest(), content_type=prometheus.CONTENT_TYPE_LATEST)
 
@@ -964,27 +935,24 @@ async def drain() -> None:
             turn.stop()
 
 
-class Connection(TCPServer):
-    """Hypercorn's, for HTTP/1.1 alone: broken upgrades to HTTP/2 and websockets crash it or make it hang."""
+class Connection(H11Protocol):
+    """Uvicorn's, with its timeout for idle connections also before the first request and for slow headers."""
 
-    async def _read_data(self) -> None:
-        self.protocol.protocol._check_protocol = self.ignore_upgrade
-        refuse = self.protocol.protocol._send_error_response
-        # h11's 501, for an unknown transfer coding, is the client's mistake here, too.
-        self.protocol.protocol._send_error_response = lambda status: refuse(400 if status == 501 else status)
-        await super()._read_data()
-        # Else a connection that its client has closed would stay open for keep_alive_timeout.
-        self.idle_task.restart = lambda *_: asyncio.sleep(0)
-        await self.idle_task.stop()
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, transport.close)
 
-    async def protocol_send(self, event) -> None:
-        await super().protocol_send(event)
-        if self.writer.is_closing():  # let go of a pipelined request, which would wait for ever
-            self.protocol.protocol.connection.next_event = lambda: h11.NEED_DATA
-            await self.protocol.protocol.can_read.set()
+    def data_received(self, data: bytes) -> None:
+        timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
+        super().data_received(data)
+        if timer and self.cycle and not self.cycle.response_complete:
+            timer.cancel()
+        else:
+            self.timeout_keep_alive_task = timer
 
-    async def ignore_upgrade(self, event) -> None:
-        event.headers._full_items[:] = [item for item in event.headers._full_items if item[1] != b"upgrade"]
+
+class Server(uvicorn.Server):
+    capture_signals = nullcontext  # main has handlers of its own
 
 
 async def any_target(scope: dict, receive, send) -> None:
@@ -996,7 +964,7 @@ async def any_target(scope: dict, receive, send) -> None:
 
 async def main(database_url: str) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
-    stop, drained, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         with suppress(NotImplementedError):  # on Windows, where Ctrl-C ends it at once
             loop.add_signal_handler(number, lambda: sys.exit(1) if stop.is_set() else stop.set())
@@ -1005,19 +973,21 @@ async def main(database_url: str) -> None:
     options = {"min_size": 0, "max_size": settings.POOL_SIZE, "reset": lambda connection: asyncio.sleep(0)}
     options |= {"statement_cache_size": settings.STATEMENT_CACHE, "timeout": DATABASE_SECONDS}
     live.pool = await asyncpg.create_pool(database_url, **options)
-    config = Config.from_mapping(bind=f"{settings.HOST}:{settings.PORT}", backlog=4096, loglevel="WARNING")
-    config.keep_alive_timeout = 75  # above the 60 s of load balancers, which else answer with 502 at times
-    config.include_server_header = False
-    hypercorn_run.TCPServer = Connection
-    serving = asyncio.create_task(serve(any_target, config, shutdown_trigger=drained.wait))
+    options = {"http": Connection, "ws": "none", "lifespan": "off", "log_config": None, "log_level": "error"}
+    options |= {"access_log": False, "server_header": False, "backlog": 4096, "timeout_graceful_shutdown": 1}
+    options |= {"timeout_keep_alive": 75}  # above the 60 s of load balancers, which else answer 502 at times
+    proxies = [str(network) for network in settings.TRUSTED_PROXIES]
+    options |= {"proxy_headers": bool(proxies), "forwarded_allow_ips": proxies}
+    server = Server(uvicorn.Config(any_target, settings.HOST, settings.PORT, **options))
+    serving = asyncio.create_task(server.serve())
     tasks = {serving, asyncio.create_task(maintain()), asyncio.create_task(stop.wait())}
-    log("serving", address=f"http://{config.bind[0]}", version=__version__, demo=live.demo)
+    log("serving", address=f"http://{settings.HOST}:{settings.PORT}", version=__version__, demo=live.demo)
     if not settings.API_KEYS:
         print("*** No API_KEYS: whoever reaches this address may use it. ***", file=sys.stderr)
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     await drain()
-    drained.set()
-    await asyncio.wait({serving}, timeout=1)  # hypercorn would wait for every idle connection
+    server.should_exit = True
+    await asyncio.wait({serving})
     for task in done:
         task.result()  # a port that is taken, a bug: the end, with what was raised
 

