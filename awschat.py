@@ -121,6 +121,7 @@ settings = load_settings()
 SYSTEM_PROMPT = settings.SYSTEM_PROMPT_FILE.read_text(encoding="utf-8")
 LEASE_SECONDS = 10  # the longest that a turn whose process has died blocks its session
 BEAT_SECONDS = 0.8  # how often a running turn renews its lease, saves its text and learns that it shall stop
+TICK_SECONDS = min(0.4, settings.PING_SECONDS / 2)  # how often a silent stream looks up
 DATABASE_SECONDS = 3  # how long a statement may take; then the database counts as away
 SLACK_CHARS = 600  # text that may be shown unproven after a confident allow
 PROOF_CHARS = 300  # AWS terms this close prove what is between them; past it the model is asked
@@ -146,18 +147,13 @@ class Turn:
     `outcome`, its closing event, is final once `saved`. Without a task it mirrors one that runs elsewhere.
     """
 
-    def __init__(self, owner: str, session_id: str, question="", id="", number=0) -> None:
+    def __init__(self, owner: str, session_id: str, question="", number=0, id="") -> None:
         self.owner, self.session_id, self.question, self.number = owner, session_id, question, number
         self.id, self.began, self.state = id or secrets.token_hex(16), clock(), State.GUARD
         self.text, self.proven, self.shown, self.slack, self.leak_free = "", 0, 0, 0, 0
         self.history, self.verdicts, self.usage, self.spent, self.watchers = [], [], {}, {}, set()
         self.outcome, self.saved, self.problem = {}, False, None
         self.task = self.walk = self.group = self.judge = None
-
-    @property
-    def row(self) -> tuple[str, str, int, str]:
-        """$1 to $4 of every statement about it."""
-        return self.owner, self.session_id, self.number, self.id
 
     def note(self, name: str, since: float) -> None:
         """Note how many milliseconds something took, for the log."""
@@ -169,8 +165,12 @@ class Turn:
             if not self.shown:
                 self.note("first_token", self.began)
             self.shown, self.saved = end, saved
-            for bell in self.watchers:
-                bell.set()
+            self.ring()
+
+    def ring(self) -> None:
+        """Have its watchers look for news."""
+        for bell in self.watchers:
+            bell.set()
 
     def end(self, status: str, content: str) -> None:
         """Set the outcome: the reply, or what people are told. What the guard holds back stays unseen."""
@@ -198,10 +198,8 @@ async def walk(turn: Turn) -> None:
 
 
 async def run(turn: Turn) -> None:
-    """See a claimed turn to its end: keep its lease while it walks, commit the outcome, close its streams."""
+    """See a claimed turn to its end: let it walk, commit the outcome, close its streams."""
     turn.walk = asyncio.create_task(walk(turn))
-    while not (await asyncio.wait({turn.walk}, timeout=BEAT_SECONDS))[0]:
-        await beat(turn)
     try:
         await turn.walk
     except asyncio.CancelledError:
@@ -217,17 +215,24 @@ async def run(turn: Turn) -> None:
     report(turn)
 
 
+async def ring() -> None:
+    """Have all streams look up now and then, for their pings; with ON_DISCONNECT=stop, see who has gone."""
+    alone = set()
+    while True:
+        await asyncio.sleep(TICK_SECONDS)
+        for turn in TURNS.values():
+            turn.ring()
+        before, alone = alone, {turn for turn in TURNS.values() if not turn.watchers}
+        if settings.ON_DISCONNECT == "stop":
+            for turn in alone & before:  # not one whose first watcher is just coming
+                turn.stop()
+
+
 # ---- Steps: each returns the state that comes next ----
 
 
 async def guard(turn: Turn) -> State:
     """Judge the question by the rules, in the light of the last turns."""
-    sql = """SELECT question, reply FROM (
-            SELECT *, sum(length(question) + length(reply)) OVER (ORDER BY number DESC) AS chars FROM turns
-            WHERE owner = $1 AND session_id = $2 AND number BETWEEN $3 - 50 AND $3 - 1
-                AND status IN ('complete', 'truncated', 'stopped')) AS latest
-        WHERE chars <= $4 ORDER BY number"""
-    turn.history = await query(sql, turn.owner, turn.session_id, turn.number, settings.HISTORY_CHARS)
     verdict = judge(turn.question, turn.history)
     turn.verdicts.append(verdict)
     turn.slack = SLACK_CHARS if verdict.decision == "allow" else 0
@@ -505,18 +510,18 @@ async def begin(turn: Turn, key: str | None, bucket: str) -> Turn:
     if live.draining or len(TURNS) + live.claims >= settings.MAX_STREAMS:
         raise unavailable("The service is full, or about to restart. Please try again soon.")
     live.claims, rate = live.claims + 1, settings.RATE_PER_MINUTE
-    sql = "SELECT * FROM claim_turn($1, $2, $3, $4, $5, $6, $7, $8)"
-    claim = turn.owner, turn.session_id, turn.id, turn.question, key, LEASE_SECONDS, bucket
+    sql = "SELECT * FROM claim_turn($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+    claim = turn.owner, turn.session_id, turn.id, turn.question, key, LEASE_SECONDS, settings.HISTORY_CHARS
     order = CLAIMS.setdefault((turn.owner, turn.session_id), asyncio.Lock())  # first come, first served
     try:
         async with order:
             while True:
-                [(outcome, id, number)] = await query(sql, *claim, rate)
+                [(outcome, id, number, history)] = await query(sql, *claim, bucket, rate)
                 if outcome == "claimed":
-                    turn.number, TURNS[id] = number, turn
+                    turn.number, turn.history, TURNS[id] = number, json.loads(history), turn
                     turn.task = asyncio.create_task(run(turn))
                 if outcome != "busy":
-                    return await find(turn.owner, turn.session_id, id, number)
+                    return await find(turn.owner, turn.session_id, number, id)
                 if id in TURNS:  # its row asks it to stop, too, but is read only once a beat
                     TURNS[id].stop()
                 rate = 0  # it has been paid
@@ -525,9 +530,9 @@ async def begin(turn: Turn, key: str | None, bucket: str) -> Turn:
         live.claims -= 1
 
 
-async def find(owner: str, session_id: str, id: str, number: int) -> Turn:
+async def find(owner: str, session_id: str, number: int, id: str) -> Turn:
     """The turn itself if it runs in this process, else a mirror of it."""
-    turn = TURNS.get(id) or Turn(owner, session_id, id=id, number=number)
+    turn = TURNS.get(id) or Turn(owner, session_id, number=number, id=id)
     if not turn.task:
         await refresh(turn)
     return turn
@@ -537,7 +542,7 @@ async def refresh(turn: Turn) -> None:
     """Take over what the turn's row says; if it has gone or its process has died, the turn has failed."""
     sql = """SELECT status, reply, error, lease_until < now() FROM turns
         WHERE owner = $1 AND session_id = $2 AND number = $3 AND id = $4"""
-    rows = await query(sql, *turn.row)
+    rows = await query(sql, turn.owner, turn.session_id, turn.number, turn.id)
     erased = "failed", "", "This conversation was erased.", False
     status, reply, error, expired = rows[0] if rows else erased
     if status == "running" and (expired or live.stopping):
@@ -549,16 +554,26 @@ async def refresh(turn: Turn) -> None:
         turn.show(len(turn.text), saved=True)
 
 
-async def beat(turn: Turn) -> None:
-    """Renew the lease, save what was shown; stop the turn if its row asks for that or is no longer its."""
-    sql = """UPDATE turns SET lease_until = now() + make_interval(secs => $5), reply = $6 WHERE owner = $1
-        AND session_id = $2 AND number = $3 AND id = $4 AND status = 'running' RETURNING stop_requested"""
-    if settings.ON_DISCONNECT == "stop" and not turn.watchers:
-        turn.stop()
-    with suppress(http.ServiceUnavailable, asyncpg.PostgresError):  # the lease outlives several missed beats
-        rows = await query(sql, *turn.row, LEASE_SECONDS, turn.text[: turn.shown])
-        if not rows or rows[0]["stop_requested"]:
-            turn.stop()
+async def beat() -> None:
+    """Time and again, renew the leases of all turns that run here and save their texts, in one statement.
+
+    Those whose row asks for it, or is no longer theirs, stop. A lease outlives several missed beats.
+    """
+    sql = """UPDATE turns SET lease_until = now() + make_interval(secs => $1), reply = mine.reply
+        FROM unnest($2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[])
+            AS mine (owner, session_id, number, id, reply)
+        WHERE turns.owner = mine.owner AND turns.session_id = mine.session_id AND turns.number = mine.number
+            AND turns.id = mine.id AND status = 'running' RETURNING turns.id, stop_requested"""
+    while True:
+        await asyncio.sleep(BEAT_SECONDS)
+        mine = list(TURNS.values())
+        news = [(t.owner, t.session_id, t.number, t.id, t.text[: t.shown]) for t in mine]
+        with suppress(http.ServiceUnavailable, asyncpg.PostgresError):
+            rows = await query(sql, LEASE_SECONDS, *zip(*news, strict=True)) if mine else []
+            go_on = {row["id"] for row in rows if not row["stop_requested"]}
+            for turn in mine:
+                if turn.id not in go_on:
+                    turn.stop()
 
 
 async def save(turn: Turn) -> None:
@@ -570,10 +585,11 @@ async def save(turn: Turn) -> None:
             finished_at = now() WHERE owner = $1 AND session_id = $2 AND number = $3 AND id = $4
             AND (status = 'running' OR (status = $5 AND reply = $6)) RETURNING id"""
     status, content = turn.outcome["status"], turn.outcome["content"]
-    result = (status, turn.text, content) if status == "failed" else (status, content, None)
-    result += settings.OPENAI_MODEL, json.dumps(turn.verdicts), json.dumps(turn.usage)
+    row = turn.owner, turn.session_id, turn.number, turn.id
+    row += (status, turn.text, content) if status == "failed" else (status, content, None)
+    row += settings.OPENAI_MODEL, json.dumps(turn.verdicts), json.dumps(turn.usage)
     since = clock()
-    if not await query(sql, *turn.row, *result, until=turn.began + settings.TURN_SECONDS):
+    if not await query(sql, *row, until=turn.began + settings.TURN_SECONDS):
         await refresh(turn)
     turn.note("save", since)
 
@@ -657,7 +673,7 @@ async def post_chat():
 @app.get("/chat/stream")
 async def get_stream() -> Response:
     owner, asked = authenticate(), await read()
-    sql = "SELECT id, number FROM turns WHERE owner = $1 AND session_id = $2 ORDER BY number DESC LIMIT 1"
+    sql = "SELECT number, id FROM turns WHERE owner = $1 AND session_id = $2 ORDER BY number DESC LIMIT 1"
     rows = await query(sql, owner, asked.session_id)
     if not rows:
         raise http.NotFound("There is no such session.")
@@ -676,28 +692,27 @@ async def events(turn: Turn) -> AsyncIterator[str]:
 
     A stream is a place in the text, not a queue: slow readers cost no memory and get at once what piled up.
     """
-    bell, seen, spoke, loop = asyncio.Event(), 0, clock(), asyncio.get_running_loop()
+    bell, seen, spoke = asyncio.Event(), 0, clock()
     turn.watchers.add(bell)
     try:
         while not turn.saved:
             if turn.shown > seen:
                 seen, spoke, text = turn.shown, clock(), turn.text[seen : turn.shown]
                 yield f'data: {{"type":"token","content":{json.dumps(text)}}}\n\n'
-                continue
-            bell.clear()
-            alarm = loop.call_later(settings.PING_SECONDS if turn.task else BEAT_SECONDS / 2, bell.set)
-            await bell.wait()
-            alarm.cancel()
-            try:
-                if not turn.task:
-                    await refresh(turn)
-            except http.ServiceUnavailable as away:  # it may come back until the turn must have ended
-                if live.stopping or clock() > turn.began + settings.TURN_SECONDS:
-                    turn.fail(away)
-                    turn.show(len(turn.text), saved=True)
-            if turn.shown == seen and not turn.saved and clock() - spoke > settings.PING_SECONDS - 0.1:
+            elif clock() - spoke > settings.PING_SECONDS - TICK_SECONDS:
                 spoke = clock()
                 yield ": ping\n"  # one line feed: after a blank line some clients see an empty event
+            elif turn.task:
+                bell.clear()
+                await bell.wait()
+            else:
+                await asyncio.sleep(TICK_SECONDS)
+                try:
+                    await refresh(turn)
+                except http.ServiceUnavailable as away:  # it may come back until the turn must have ended
+                    if live.stopping or clock() > turn.began + settings.TURN_SECONDS:
+                        turn.fail(away)
+                        turn.show(len(turn.text), saved=True)
         notice = turn.outcome["content"] if turn.outcome["status"] in ("refused", "failed") else ""
         words = [turn.text[seen:], f"\n\n{notice}" if turn.text and notice else notice]
         # What people must read is always a token, too: some front ends show nothing else.
@@ -718,7 +733,7 @@ async def closing(turn: Turn) -> tuple[dict, int, dict]:
 async def post_stop():
     owner, asked = authenticate(), await read()
     sql = """UPDATE turns SET stop_requested = now() WHERE owner = $1 AND session_id = $2
-        AND status = 'running' AND lease_until > now() RETURNING id, number"""
+        AND status = 'running' AND lease_until > now() RETURNING number, id"""
     rows = await query(sql, owner, asked.session_id)
     if not rows:
         raise http.NotFound("Nothing runs in this session.")
@@ -843,7 +858,7 @@ def explain(failure: Exception) -> http.HTTPException:
         text = PROBLEMS.get(failure.status, "The model provider has a problem. Please try again soon.")
     elif isinstance(failure, TimeoutError):
         text = "That took too long. Please try again."
-    elif isinstance(failure, aiohttp.ClientError | json.JSONDecodeError):
+    elif isinstance(failure, aiohttp.ClientError):
         text = "The connection to the model provider broke. Please try again."
     else:
         app.logger.error("a bug", exc_info=failure)
@@ -980,7 +995,7 @@ async def main(database_url: str) -> None:
     options |= {"proxy_headers": bool(proxies), "forwarded_allow_ips": proxies}
     server = Server(uvicorn.Config(any_target, settings.HOST, settings.PORT, **options))
     serving = asyncio.create_task(server.serve())
-    tasks = {serving, asyncio.create_task(maintain()), asyncio.create_task(stop.wait())}
+    tasks = {serving} | {asyncio.create_task(task) for task in (maintain(), beat(), ring(), stop.wait())}
     log("serving", address=f"http://{settings.HOST}:{settings.PORT}", version=__version__, demo=live.demo)
     if not settings.API_KEYS:
         print("*** No API_KEYS: whoever reaches this address may use it. ***", file=sys.stderr)

@@ -58,19 +58,21 @@ CREATE OR REPLACE VIEW chat_messages AS
     WHERE message.content <> '';
 
 -- Claims a session for a new turn, all or nothing. Outcomes:
---   claimed  the question is stored as this turn, running; the caller must run it
+--   claimed  the question is stored as this turn, running; the caller must run it, with this history:
+--            [[question, reply], ...], at most history_chars of them, oldest first
 --   repeat   the request repeats this turn, running or finished: watch that one
 --   busy     this turn runs, and has been asked to stop: claim again in a moment
 -- A refusal is an exception whose SQLSTATE is AW and the HTTP status, its detail the seconds to wait.
 CREATE OR REPLACE FUNCTION claim_turn(
     new_owner text, new_session text, new_id text, new_question text, new_key text, lease_seconds double precision,
-    rate_bucket text, per_minute integer)
-RETURNS TABLE (outcome text, turn_id text, turn_number bigint) LANGUAGE plpgsql AS $$
+    history_chars bigint, rate_bucket text, per_minute integer)
+RETURNS TABLE (outcome text, turn_id text, turn_number bigint, history json) LANGUAGE plpgsql AS $$
 DECLARE
     twin turns;
     ongoing turns;
     drip interval;  -- the time in which one turn leaks out of a bucket that holds a minute's worth
     until timestamptz;
+    place bigint;
 BEGIN
     -- One claim at a time in one session: what is read here still holds at the INSERT.
     PERFORM pg_advisory_xact_lock(hashtextextended(new_owner || chr(10) || new_session, 0));
@@ -81,13 +83,13 @@ BEGIN
         RAISE EXCEPTION 'This Idempotency-Key belongs to another message. Please make a new one.'
             USING ERRCODE = 'AW422';
     ELSIF twin.status <> 'failed' THEN
-        RETURN QUERY SELECT 'repeat', twin.id, twin.number;
+        RETURN QUERY SELECT 'repeat', twin.id, twin.number, NULL::json;
         RETURN;
     END IF;
 
     SELECT * INTO ongoing FROM turns WHERE owner = new_owner AND session_id = new_session AND status = 'running';
     IF ongoing.question = new_question THEN
-        RETURN QUERY SELECT 'repeat', ongoing.id, ongoing.number;
+        RETURN QUERY SELECT 'repeat', ongoing.id, ongoing.number, NULL::json;
         RETURN;
     END IF;
 
@@ -111,17 +113,22 @@ BEGIN
     ELSIF ongoing.id IS NOT NULL THEN
         UPDATE turns SET stop_requested = coalesce(stop_requested, now())
             WHERE owner = new_owner AND session_id = new_session AND number = ongoing.number;
-        RETURN QUERY SELECT 'busy', ongoing.id, ongoing.number;
+        RETURN QUERY SELECT 'busy', ongoing.id, ongoing.number, NULL::json;
         RETURN;
     END IF;
 
     -- A retry takes the failed attempt's place, so the history shows the question once.
     DELETE FROM turns WHERE owner = new_owner AND session_id = new_session AND number = twin.number;
-    RETURN QUERY INSERT INTO turns (owner, session_id, number, id, idempotency_key, question, lease_until)
-        SELECT new_owner, new_session, coalesce(max(number), 0) + 1, new_id, new_key, new_question,
-            now() + make_interval(secs => lease_seconds)
-        FROM turns WHERE owner = new_owner AND session_id = new_session
-        RETURNING 'claimed', id, number;
+    SELECT coalesce(max(number), 0) + 1 INTO place FROM turns WHERE owner = new_owner AND session_id = new_session;
+    INSERT INTO turns (owner, session_id, number, id, idempotency_key, question, lease_until)
+        VALUES (new_owner, new_session, place, new_id, new_key, new_question, now() + make_interval(secs => lease_seconds));
+
+    -- What the model is shown: the newest turns that fit, whole, oldest first.
+    RETURN QUERY SELECT 'claimed', new_id, place, coalesce(json_agg(json_build_array(question, reply) ORDER BY number), '[]')
+        FROM (SELECT *, sum(length(question) + length(reply)) OVER (ORDER BY number DESC) AS chars FROM turns
+            WHERE owner = new_owner AND session_id = new_session AND number BETWEEN place - 50 AND place - 1
+                AND status IN ('complete', 'truncated', 'stopped')) AS latest
+        WHERE chars <= history_chars;
 END $$;
 
 -- Ends a session's turn whose process has died: its lease ran out. What it had said stays.
