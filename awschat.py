@@ -53,7 +53,7 @@ import prometheus_client as prometheus
 import uvicorn
 from pydantic import BaseModel, BeforeValidator, Field, FilePath, Json, SecretStr, ValidationError
 from quart import Quart, Response, request
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from werkzeug import exceptions as http
 
 __version__ = "1.0.0"
@@ -151,7 +151,7 @@ class Turn:
         self.owner, self.session_id, self.question, self.number = owner, session_id, question, number
         self.id, self.began, self.state = id or secrets.token_hex(16), clock(), State.GUARD
         self.text, self.proven, self.shown, self.slack, self.leak_free = "", 0, 0, 0, 0
-        self.history, self.verdicts, self.usage, self.spent, self.watchers = [], [], {}, {}, set()
+        self.history, self.verdicts, self.usage, self.spent, self.watchers = [], [], {}, {}, {}
         self.outcome, self.saved, self.problem = {}, False, None
         self.task = self.walk = self.group = self.judge = None
 
@@ -169,8 +169,9 @@ class Turn:
 
     def ring(self) -> None:
         """Have its watchers look for news."""
-        for bell in self.watchers:
-            bell.set()
+        for bell in self.watchers.values():
+            if bell and not bell.done():
+                bell.set_result(None)
 
     def end(self, status: str, content: str) -> None:
         """Set the outcome: the reply, or what people are told. What the guard holds back stays unseen."""
@@ -286,7 +287,7 @@ async def read_answer(turn: Turn) -> None:
     finish, rest, loop = "", b"", asyncio.get_running_loop()
     try:
         async with asyncio.timeout(settings.FIRST_TOKEN_SECONDS) as patience, live.ask(json=body) as response:
-            async for data in response.content.iter_any():
+            while data := await response.content.readany():
                 *lines, rest = (rest + data).split(b"\n")
                 said, reason = unpack(turn, lines)
                 finish = reason or finish
@@ -692,8 +693,8 @@ async def events(turn: Turn) -> AsyncIterator[str]:
 
     A stream is a place in the text, not a queue: slow readers cost no memory and get at once what piled up.
     """
-    bell, seen, spoke = asyncio.Event(), 0, clock()
-    turn.watchers.add(bell)
+    me, seen, spoke, loop = object(), 0, clock(), asyncio.get_running_loop()
+    turn.watchers[me] = None
     try:
         while not turn.saved:
             if turn.shown > seen:
@@ -703,8 +704,8 @@ async def events(turn: Turn) -> AsyncIterator[str]:
                 spoke = clock()
                 yield ": ping\n"  # one line feed: after a blank line some clients see an empty event
             elif turn.task:
-                bell.clear()
-                await bell.wait()
+                turn.watchers[me] = bell = loop.create_future()
+                await bell
             else:
                 await asyncio.sleep(TICK_SECONDS)
                 try:
@@ -719,7 +720,7 @@ async def events(turn: Turn) -> AsyncIterator[str]:
         closing = [{"type": "token", "content": text} for text in words if text] + [turn.outcome]
         yield "".join(f"data: {to_json(event)}\n\n" for event in closing)
     finally:
-        turn.watchers.discard(bell)
+        del turn.watchers[me]
 
 
 async def closing(turn: Turn) -> tuple[dict, int, dict]:
@@ -803,12 +804,6 @@ async def get_page() -> Response:
     return Response(page, content_type="text/html; charset=utf-8", headers=headers)
 
 
-@app.before_request
-async def read_body() -> None:
-    """Whatever the answer: hypercorn would close a connection whose body was not read, without saying so."""
-    await request.get_data()
-
-
 @app.after_request
 async def add_headers(response: Response) -> Response:
     """Security headers on everything; CORS headers for the origins that are allowed."""
@@ -885,8 +880,10 @@ prometheus.Info("awschat_build", "What runs here").info({"version": __version__}
 def log(message: str, **fields: object) -> None:
     """One line on stdout: JSON, or readable text on a terminal."""
     fields = {"message": message, "time": round(time.time(), 3)} | fields
-    readable = " ".join(f"{name}={value}" for name, value in fields.items())
-    print(readable if sys.stdout.isatty() else json.dumps(fields), flush=True)
+    if sys.stdout.isatty():
+        print(*(f"{name}={value}" for name, value in fields.items()), flush=True)
+    else:
+        print(json.dumps(fields), flush=True)
 
 
 def report(turn: Turn) -> None:
@@ -950,31 +947,30 @@ async def drain() -> None:
             turn.stop()
 
 
-class Connection(H11Protocol):
-    """Uvicorn's, with its timeout for idle connections also before the first request and for slow headers."""
+class Connection(HttpToolsProtocol):
+    """Uvicorn's, with limits for a request's head: 64 KiB, and timeout_keep_alive from the first byte on."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.head_size = 0
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, transport.close)
 
     def data_received(self, data: bytes) -> None:
         timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
-        super().data_received(data)
+        # Else the parser would skip the body of a request that offers HTTP/2, as Java's client does.
+        super().data_received(re.sub(rb"(?i)\r\nupgrade:", b"\r\nx-other:", data))
         if timer and self.cycle and not self.cycle.response_complete:
             timer.cancel()
         else:
             self.timeout_keep_alive_task = timer
+        in_head = not self.cycle or self.cycle.scope is not self.scope
+        self.head_size = self.head_size + len(data) if in_head else 0
+        if self.head_size > 2**16:
+            self.send_400_response("The head of the request is too long.")
 
 
 class Server(uvicorn.Server):
     capture_signals = nullcontext  # main has handlers of its own
-
-
-async def any_target(scope: dict, receive, send) -> None:
-    """The app; a request target that is no path, such as `GET ?x`, would make Quart fail."""
-    if not re.match(r"/|https?://[\w.:-]+/", scope.get("path", "/")):
-        scope |= {"path": "/*"}
-    await app(scope, receive, send)
 
 
 async def main(database_url: str) -> None:
@@ -993,7 +989,7 @@ async def main(database_url: str) -> None:
     options |= {"timeout_keep_alive": 75}  # above the 60 s of load balancers, which else answer 502 at times
     proxies = [str(network) for network in settings.TRUSTED_PROXIES]
     options |= {"proxy_headers": bool(proxies), "forwarded_allow_ips": proxies}
-    server = Server(uvicorn.Config(any_target, settings.HOST, settings.PORT, **options))
+    server = Server(uvicorn.Config(app, settings.HOST, settings.PORT, **options))
     serving = asyncio.create_task(server.serve())
     tasks = {serving} | {asyncio.create_task(task) for task in (maintain(), beat(), ring(), stop.wait())}
     log("serving", address=f"http://{settings.HOST}:{settings.PORT}", version=__version__, demo=live.demo)
