@@ -1533,10 +1533,10 @@ def test_a_client_that_is_slow_with_its_body_meets_a_timeout(start_service):
 
 def test_a_head_without_end_is_cut_off(service):
     flood = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-Flood: %b\r\n" % (b"x" * 50_000)
-    with socket.create_connection(("127.0.0.1", service.port), TIMEOUT) as connection:
-        with pytest.raises(ConnectionError):
-            while True:
-                connection.sendall(flood)
+    address = "127.0.0.1", service.port
+    with socket.create_connection(address, TIMEOUT) as connection, pytest.raises(ConnectionError):
+        while True:
+            connection.sendall(flood)
     assert service.get("/health").status_code == 200
 
 
