@@ -69,6 +69,7 @@ Key = Annotated[SecretStr, Field(min_length=16)]
 POSTGRES = r"^postgres(ql)?://([^/@]*@)?[^/@:]*(:\d+)?([/?,].*)?$"  # asyncpg would quote what it can't parse
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Network = IPv4Network | IPv6Network
 
 
 class Settings(BaseModel):
@@ -99,9 +100,7 @@ class Settings(BaseModel):
     API_KEYS: Annotated[dict[str, Key], KeyList] = {}  # name:key,... of the owners
     CORS_ORIGINS: Annotated[tuple[str, ...], CommaList] = ()  # origins whose pages may call; * for every page
     RATE_PER_MINUTE: Count = 0  # turns that an owner (without keys: an address) may start; 0: any number
-    TRUSTED_PROXIES: Annotated[
-        tuple[IPv4Network | IPv6Network, ...], CommaList
-    ] = ()  # whose X-Forwarded-For is believed
+    TRUSTED_PROXIES: Annotated[tuple[Network, ...], CommaList] = ()  # whose X-Forwarded-For is believed
     RETENTION_DAYS: Count = 0  # turns older than this are erased; 0: none
 
 
@@ -135,9 +134,7 @@ State = Enum("State", "GUARD GENERATE REVIEW REFUSE DONE")
 TURNS: dict[str, "Turn"] = {}  # those that run in this process, by id
 PLACES = asyncio.Semaphore(settings.POOL_SIZE)  # at the database connections
 CLAIMS = WeakValueDictionary()  # {(owner, session_id): lock} while sessions are claimed
-live = SimpleNamespace(
-    demo=False, prepared=False, claims=0, draining=False, stopping=False
-)  # and pool, ask: Main
+live = SimpleNamespace(demo=False, prepared=False, claims=0, draining=False, stopping=False)  # + pool, ask
 
 
 class Turn:
@@ -153,7 +150,7 @@ class Turn:
         self.text, self.proven, self.shown, self.slack, self.leak_free = "", 0, 0, 0, 0
         self.history, self.verdicts, self.usage, self.spent, self.watchers = [], [], {}, {}, {}
         self.outcome, self.saved, self.problem = {}, False, None
-        self.task = self.walk = self.group = self.judge = None
+        self.task = self.walking = self.group = self.judging = None
 
     def note(self, name: str, since: float) -> None:
         """Note how many milliseconds something took, for the log."""
@@ -173,20 +170,20 @@ class Turn:
             if bell and not bell.done():
                 bell.set_result(None)
 
-    def end(self, status: str, content: str) -> None:
+    def end(self, status: str, content: str, saved: bool = False) -> None:
         """Set the outcome: the reply, or what people are told. What the guard holds back stays unseen."""
         kind = "error" if status == "failed" else "end"
         self.outcome = {"type": kind, "content": content, "status": status}
         self.text = self.text[: self.shown] if status in ("failed", "refused") else content
-        self.show(len(self.text))
+        self.show(len(self.text), saved)
 
-    def fail(self, failure: Exception) -> None:
+    def fail(self, failure: Exception, saved: bool = False) -> None:
         self.problem = f"{type(failure).__name__} {getattr(failure, 'status', '')}".strip()
-        self.end("failed", explain(failure).description)
+        self.end("failed", explain(failure).description, saved)
 
     def stop(self) -> None:
-        if self.walk:
-            self.walk.cancel()
+        if self.walking:
+            self.walking.cancel()
 
 
 async def walk(turn: Turn) -> None:
@@ -200,9 +197,9 @@ async def walk(turn: Turn) -> None:
 
 async def run(turn: Turn) -> None:
     """See a claimed turn to its end: let it walk, commit the outcome, close its streams."""
-    turn.walk = asyncio.create_task(walk(turn))
+    turn.walking = asyncio.create_task(walk(turn))
     try:
-        await turn.walk
+        await turn.walking
     except asyncio.CancelledError:
         turn.end("stopped", turn.text[: turn.shown] or "(Stopped before there was an answer.)")
     except Exception as failure:
@@ -245,7 +242,7 @@ async def generate(turn: Turn) -> State:
     try:
         async with asyncio.TaskGroup() as turn.group:
             if not turn.slack:
-                turn.judge = turn.group.create_task(ask_judge(turn, 0))
+                turn.judging = turn.group.create_task(ask_judge(turn, 0))
             await read_answer(turn)
     except ExceptionGroup as failures:
         if failures.subgroup(OffScope):
@@ -291,9 +288,7 @@ async def read_answer(turn: Turn) -> None:
                 *lines, rest = (rest + data).split(b"\n")
                 said, reason = unpack(turn, lines)
                 finish = reason or finish
-                due = loop.time() + (
-                    1 if finish else settings.STALL_SECONDS
-                )  # behind the text comes the usage
+                due = loop.time() + (1 if finish else settings.STALL_SECONDS)  # for usage, behind the text
                 if (said or reason) and abs(due - patience.when()) > 0.5:  # not a new timer for each token
                     patience.reschedule(due)
                 turn.text += said
@@ -400,11 +395,8 @@ def judge(message: str, history: Sequence[tuple[str, str]] = ()) -> Verdict:
     if "greetings" in found and found.keys() <= {"greetings", "turns"}:
         return Verdict("block", "greeting")
     doubt = aws or found.get("names") or found.get("ambiguous")
-    if not doubt and any(
-        _survey(f"{q}\n{reply[:500]}")[0]
-        for q, reply in history[-3:]
-        if reply not in (settings.REFUSAL, GREETING)
-    ):
+    answered = [pair for pair in history[-3:] if pair[1] not in (settings.REFUSAL, GREETING)]
+    if not doubt and any(_survey(f"{q}\n{reply[:500]}")[0] for q, reply in answered):
         doubt = "an AWS turn before it"
     if veto := next((section for section in found if section in {"injection", "other clouds"}), ""):
         return Verdict("unsure" if doubt else "block", f"{veto}: {found[veto]}")
@@ -438,11 +430,11 @@ def release(turn: Turn, complete: bool = False) -> None:
             turn.verdicts.append(Verdict("block", "repeats the system prompt", "leak"))
             raise OffScope
         turn.leak_free = length
-    if turn.slack or not turn.judge:
+    if turn.slack or not turn.judging:
         if complete or not turn.slack or length > turn.proven + PROOF_CHARS:
             turn.proven = evidence_end(turn.text, turn.proven, PROOF_CHARS, complete)
-        if length > turn.proven + PROOF_CHARS and not turn.judge and not complete:
-            turn.judge = turn.group.create_task(ask_judge(turn, length))
+        if length > turn.proven + PROOF_CHARS and not turn.judging and not complete:
+            turn.judging = turn.group.create_task(ask_judge(turn, length))
         turn.show(min(length, turn.proven + turn.slack))
 
 
@@ -482,22 +474,25 @@ async def ask_judge(turn: Turn, end: int) -> None:
     turn.verdicts.append(verdict)
     if verdict.decision == "block":
         raise OffScope
-    turn.proven, turn.judge = max(turn.proven, end), None
+    turn.proven, turn.judging = max(turn.proven, end), None
     release(turn)
 
 
 # ---- Database ----
 
 
-async def query(sql: str, *args: object, until: float = 0) -> list[asyncpg.Record]:
-    """The rows of one statement, tried until then while the database is away. Raises 503, PostgresError."""
+async def query(sql: str, *args: object, until=0.0, or_404="") -> list[asyncpg.Record]:
+    """The rows of a statement, tried until then while the database is away. Raises 404, 503, its errors."""
     while True:
         try:
             if not live.prepared:
                 raise OSError("schema.sql is not applied yet")
             # Waiting for a place is load, waiting behind it is a database that is away.
             async with PLACES, live.pool.acquire(timeout=DATABASE_SECONDS) as connection:
-                return await connection.fetch(sql, *args, timeout=DATABASE_SECONDS)
+                rows = await connection.fetch(sql, *args, timeout=DATABASE_SECONDS)
+            if or_404 and not rows:
+                raise http.NotFound(or_404)
+            return rows
         except DATABASE_ERRORS as failure:
             if str(getattr(failure, "sqlstate", ""))[:2] in ("22", "23", "42", "AW"):  # it is the statement
                 raise
@@ -551,8 +546,7 @@ async def refresh(turn: Turn) -> None:
     turn.text = reply if rows and status != "refused" else turn.text[: turn.shown]
     turn.show(len(turn.text))
     if status != "running":
-        turn.end(status, error or reply)
-        turn.show(len(turn.text), saved=True)
+        turn.end(status, error or reply, saved=True)
 
 
 async def beat() -> None:
@@ -620,6 +614,7 @@ POLICY += "frame-ancestors 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'
 SECURITY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 CORS = {"Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key", "Vary": "Origin"}
 CORS |= {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Expose-Headers": "Retry-After"}
+NO_SESSION = "There is no such session."
 STREAM = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
 to_json = json.JSONEncoder(separators=(",", ":")).encode  # ASCII, on one line
 
@@ -664,9 +659,7 @@ async def post_chat():
         raise http.UnprocessableEntity("Idempotency-Key: send 1 to 128 visible ASCII characters.")
     bucket = owner if settings.API_KEYS else request.remote_addr
     claim = asyncio.create_task(begin(Turn(owner, asked.session_id, asked.message), key, bucket))
-    claim.add_done_callback(
-        lambda task: task.cancelled() or task.exception()
-    )  # heard, even if the client is gone
+    claim.add_done_callback(lambda task: task.cancelled() or task.exception())  # even if the client has gone
     turn = await asyncio.shield(claim)  # for if the claim is committed, the turn must run
     return stream(turn) if request.path == "/chat/stream" else await closing(turn)
 
@@ -675,10 +668,8 @@ async def post_chat():
 async def get_stream() -> Response:
     owner, asked = authenticate(), await read()
     sql = "SELECT number, id FROM turns WHERE owner = $1 AND session_id = $2 ORDER BY number DESC LIMIT 1"
-    rows = await query(sql, owner, asked.session_id)
-    if not rows:
-        raise http.NotFound("There is no such session.")
-    return stream(await find(owner, asked.session_id, *rows[0]))
+    [(number, id)] = await query(sql, owner, asked.session_id, or_404=NO_SESSION)
+    return stream(await find(owner, asked.session_id, number, id))
 
 
 def stream(turn: Turn) -> Response:
@@ -712,8 +703,7 @@ async def events(turn: Turn) -> AsyncIterator[str]:
                     await refresh(turn)
                 except http.ServiceUnavailable as away:  # it may come back until the turn must have ended
                     if live.stopping or clock() > turn.began + settings.TURN_SECONDS:
-                        turn.fail(away)
-                        turn.show(len(turn.text), saved=True)
+                        turn.fail(away, saved=True)
         notice = turn.outcome["content"] if turn.outcome["status"] in ("refused", "failed") else ""
         words = [turn.text[seen:], f"\n\n{notice}" if turn.text and notice else notice]
         # What people must read is always a token, too: some front ends show nothing else.
@@ -735,10 +725,8 @@ async def post_stop():
     owner, asked = authenticate(), await read()
     sql = """UPDATE turns SET stop_requested = now() WHERE owner = $1 AND session_id = $2
         AND status = 'running' AND lease_until > now() RETURNING number, id"""
-    rows = await query(sql, owner, asked.session_id)
-    if not rows:
-        raise http.NotFound("Nothing runs in this session.")
-    turn = await find(owner, asked.session_id, *rows[0])
+    [(number, id)] = await query(sql, owner, asked.session_id, or_404="Nothing runs in this session.")
+    turn = await find(owner, asked.session_id, number, id)
     turn.stop()  # in another process it stops with its next beat
     return await closing(turn)
 
@@ -749,9 +737,8 @@ async def get_chat():
     sql = """SELECT id, role, content, status, created_at FROM chat_messages
         WHERE owner = $1 AND session_id = $2 AND number <= $3::bigint / 2 AND id < $3
         ORDER BY number DESC, role LIMIT $4"""
-    rows = await query(sql, owner, asked.session_id, asked.before, asked.limit + 1)
-    if not rows and "before" not in request.args:
-        raise http.NotFound("There is no such session.")
+    or_404 = "" if "before" in request.args else NO_SESSION
+    rows = await query(sql, owner, asked.session_id, asked.before, asked.limit + 1, or_404=or_404)
     messages = [{**row, "created_at": row["created_at"].isoformat()} for row in rows[: asked.limit]]
     before = messages[-1]["id"] if len(rows) > asked.limit else None
     return {"messages": messages, "before": before}, 200, {"Cache-Control": "no-store"}
@@ -760,9 +747,7 @@ async def get_chat():
 @app.delete("/chat")
 async def delete_chat():
     sql = "DELETE FROM turns WHERE owner = $1 AND session_id = $2 RETURNING id"
-    rows = await query(sql, authenticate(), (await read()).session_id)
-    if not rows:
-        raise http.NotFound("There is no such session.")
+    rows = await query(sql, authenticate(), (await read()).session_id, or_404=NO_SESSION)
     for turn in [TURNS[row["id"]] for row in rows if row["id"] in TURNS]:
         turn.stop()
     return "", 204
@@ -948,11 +933,11 @@ async def drain() -> None:
 
 
 class Connection(HttpToolsProtocol):
-    """Uvicorn's, with limits for a request's head: 64 KiB, and timeout_keep_alive from the first byte on."""
+    """Uvicorn's, mended: heads have limits in bytes and time, and the running response sees its client go."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.head_size = 0
+        self.head_size, self.running = 0, None
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -968,9 +953,15 @@ class Connection(HttpToolsProtocol):
         if self.head_size > 2**16:
             self.send_400_response("The head of the request is too long.")
 
+    def _start_asgi_task(self, cycle, app) -> None:
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
 
-class Server(uvicorn.Server):
-    capture_signals = nullcontext  # main has handlers of its own
+    def connection_lost(self, failure: Exception | None) -> None:
+        if self.running:  # uvicorn tells the one that was received last, which may still be queued
+            self.running.disconnected = True
+            self.running.message_event.set()
+        super().connection_lost(failure)
 
 
 async def main(database_url: str) -> None:
@@ -989,7 +980,8 @@ async def main(database_url: str) -> None:
     options |= {"timeout_keep_alive": 75}  # above the 60 s of load balancers, which else answer 502 at times
     proxies = [str(network) for network in settings.TRUSTED_PROXIES]
     options |= {"proxy_headers": bool(proxies), "forwarded_allow_ips": proxies}
-    server = Server(uvicorn.Config(app, settings.HOST, settings.PORT, **options))
+    server = uvicorn.Server(uvicorn.Config(app, settings.HOST, settings.PORT, **options))
+    server.capture_signals = nullcontext  # those are handled above
     serving = asyncio.create_task(server.serve())
     tasks = {serving} | {asyncio.create_task(task) for task in (maintain(), beat(), ring(), stop.wait())}
     log("serving", address=f"http://{settings.HOST}:{settings.PORT}", version=__version__, demo=live.demo)
