@@ -1576,6 +1576,18 @@ def test_disconnect_does_not_lose_the_reply(service, database, provider, reset):
     assert provider.outcome(message) == "finished"
 
 
+def test_a_client_that_vanishes_with_a_request_in_the_queue_leaves_no_stream(start_service, database):
+    service, message = start_service(DATABASE_URL=database.new()), question(tokens=40, interval=0.05)
+    stream = service.open(message).until_token()
+    stream.connection.sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    service.ready()  # a request sent later is answered: that one has been read
+    stream.disconnect(reset=True)
+    until(lambda: 'awschat_now{what="streams"} 0.0' in service.get("/metrics").text)
+    assert service.status(stream.session_id) == "running"
+    until(lambda: service.status(stream.session_id) == "complete")
+    assert "Traceback" not in service.stderr
+
+
 def test_a_client_that_vanishes_at_any_moment_costs_nothing(service, database, provider):
     sessions = [new_session() for _ in range(40)]
     streams = [service.open(question(tokens=50, interval=0.01), session) for session in sessions]
