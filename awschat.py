@@ -811,38 +811,40 @@ async def on_error(failure: Exception):
 
 PROVIDER_ERRORS = (aiohttp.ClientError, OSError, ValueError, LookupError, AttributeError, TypeError)
 DATABASE_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-PROBLEMS = {  # of the model provider, by its status
-    400: "The model provider rejected the question. Please shorten it, or start a new session.",
-    401: "The model provider refused the key of this service. Please tell its operator.",
-    403: "The model provider refused the key of this service. Please tell its operator.",
-    404: "The model provider does not know the model of this service. Please tell its operator.",
-    429: "The model provider is busy. Please try again in a minute.",
-}
 
 
 def explain(failure: Exception) -> http.HTTPException:
     """The HTTP error, with a text for people, that an exception stands for. A bug leaves its traceback."""
-    if isinstance(failure, http.HTTPException):
-        return failure
-    if isinstance(failure, ValidationError):
-        error = failure.errors(include_input=False, include_url=False)[0]
-        kind = http.BadRequest if error["type"] == "json_invalid" else http.UnprocessableEntity
-        return kind(": ".join([*map(str, error["loc"]), error["msg"]]))
-    if getattr(failure, "sqlstate", None) == "AW422":  # claim_turn refuses
-        return http.UnprocessableEntity(failure.args[0])
-    if getattr(failure, "sqlstate", None) == "AW429":
-        return http.TooManyRequests(failure.args[0], retry_after=int(failure.detail))
-    if isinstance(failure, asyncpg.DataError):
-        return http.BadRequest("The text holds a character that can't be stored, such as NUL.")
-    if isinstance(failure, aiohttp.ClientResponseError):
-        text = PROBLEMS.get(failure.status, "The model provider has a problem. Please try again soon.")
-    elif isinstance(failure, TimeoutError):
-        text = "That took too long. Please try again."
-    elif isinstance(failure, aiohttp.ClientError):
-        text = "The connection to the model provider broke. Please try again."
-    else:
-        app.logger.error("a bug", exc_info=failure)
-        return http.InternalServerError("Something went wrong here. Please try again.")
+    match failure:
+        case http.HTTPException():
+            return failure
+        case ValidationError():
+            error = failure.errors(include_input=False, include_url=False)[0]
+            kind = http.BadRequest if error["type"] == "json_invalid" else http.UnprocessableEntity
+            return kind(": ".join([*map(str, error["loc"]), error["msg"]]))
+        case asyncpg.DataError():
+            return http.BadRequest("The text holds a character that can't be stored, such as NUL.")
+        case asyncpg.PostgresError(sqlstate="AW422"):  # claim_turn refuses
+            return http.UnprocessableEntity(failure.args[0])
+        case asyncpg.PostgresError(sqlstate="AW429"):
+            return http.TooManyRequests(failure.args[0], retry_after=int(failure.detail))
+        case aiohttp.ClientResponseError(status=400):
+            text = "The model provider rejected the question. Please shorten it, or start a new session."
+        case aiohttp.ClientResponseError(status=401 | 403):
+            text = "The model provider refused the key of this service. Please tell its operator."
+        case aiohttp.ClientResponseError(status=404):
+            text = "The model provider does not know the model of this service. Please tell its operator."
+        case aiohttp.ClientResponseError(status=429):
+            text = "The model provider is busy. Please try again in a minute."
+        case aiohttp.ClientResponseError():
+            text = "The model provider has a problem. Please try again soon."
+        case TimeoutError():
+            text = "That took too long. Please try again."
+        case aiohttp.ClientError() | OSError():
+            text = "The connection to the model provider broke. Please try again."
+        case _:
+            app.logger.error("a bug", exc_info=failure)
+            return http.InternalServerError("Something went wrong here. Please try again.")
     return unavailable(text)
 
 
