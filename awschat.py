@@ -281,7 +281,7 @@ async def read_answer(turn: Turn) -> None:
     messages.append({"role": "user", "content": turn.question})
     body = {"model": settings.OPENAI_MODEL, "messages": messages, "stream": True}
     body |= {"stream_options": {"include_usage": True}} | settings.MODEL_OPTIONS
-    finish, rest, loop = "", b"", asyncio.get_running_loop()
+    finish, rest, armed, loop = "", b"", 0, asyncio.get_running_loop()
     try:
         async with asyncio.timeout(settings.FIRST_TOKEN_SECONDS) as patience, live.ask(json=body) as response:
             while data := await response.content.readany():
@@ -289,8 +289,8 @@ async def read_answer(turn: Turn) -> None:
                 said, reason = unpack(turn, lines)
                 finish = reason or finish
                 due = loop.time() + (1 if finish else settings.STALL_SECONDS)  # for usage, behind the text
-                if (said or reason) and abs(due - patience.when()) > 0.5:  # not a new timer for each token
-                    patience.reschedule(due)
+                if (said or reason) and abs(due - armed) > 0.5:  # not a new timer for each token
+                    patience.reschedule(armed := due)
                 turn.text += said
                 release(turn)
                 if len(turn.text) + len(rest) > REPLY_CHARS:
@@ -313,7 +313,7 @@ def unpack(turn: Turn, lines: list[bytes]) -> tuple[str, str]:
     try:
         for line in lines:
             if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-                chunk = json.loads(line[5:])
+                chunk = json.loads(line[5:].decode())
                 if "error" in chunk:
                     raise unavailable("The model provider broke off with an error. Please try again.")
                 usage = chunk.get("usage") or {}
@@ -426,7 +426,7 @@ def release(turn: Turn, complete: bool = False) -> None:
     """
     length = len(turn.text)
     if complete or length > turn.leak_free + 32:
-        if not PROMPT_RUNS.isdisjoint(word_runs(turn.text[max(0, turn.leak_free - 200) :])):
+        if not PROMPT_RUNS.isdisjoint(word_runs(turn.text[max(0, turn.leak_free - 120) :])):
             turn.verdicts.append(Verdict("block", "repeats the system prompt", "leak"))
             raise OffScope
         turn.leak_free = length
