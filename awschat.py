@@ -284,7 +284,7 @@ async def read_answer(turn: Turn) -> None:
     finish, rest, armed, loop = "", b"", 0, asyncio.get_running_loop()
     try:
         async with asyncio.timeout(settings.FIRST_TOKEN_SECONDS) as patience, live.ask(json=body) as response:
-            while data := await response.content.readany():
+            while data := await response.content.read(8192):
                 *lines, rest = (rest + data).split(b"\n")
                 said, reason = unpack(turn, lines)
                 finish = reason or finish
@@ -296,7 +296,7 @@ async def read_answer(turn: Turn) -> None:
                 if len(turn.text) + len(rest) > REPLY_CHARS:
                     finish = "length"
                     break
-                if len(data) > 4096:  # a burst: let the other turns have their share of the loop
+                if len(data) == 8192:  # a burst: let the other turns have their share of the loop
                     await asyncio.sleep(0)
     except (aiohttp.ClientError, OSError):
         if not finish:

@@ -17,8 +17,17 @@ from common import ROOT, chat_server, load, load_command, postgres, prepare, pro
 
 OTHERS, BURSTS, BURST_TOKENS = 50, 20, 5000
 QUESTION = "How do I move old objects from Amazon S3 to Glacier with a lifecycle rule? "
-STEADY = QUESTION + "#fake(first=0.03 interval=0.03 tokens=200)".replace(" ", ", ")
-BURST = QUESTION + f"#fake(first=0.03, interval=0.03, tokens={BURST_TOKENS}, burst={BURST_TOKENS})"
+
+
+def question(**directives):
+    """An AWS question that steers the provider. Of several answer= the last counts; the others keep the rules
+    from doubting it, because in doubt an answer is held back, which is not what is measured here."""
+    steer = "".join(f'{name}={value}, answer="AWS", ' for name, value in directives.items())
+    return f'{QUESTION} #fake({steer}answer="") S3'
+
+
+STEADY = question(first=0.03, interval=0.03, tokens=200)
+BURST = question(first=0.03, interval=0.03, tokens=BURST_TOKENS, burst=BURST_TOKENS)
 
 
 def measure(**target):
