@@ -18,12 +18,13 @@ FIRST, TOKENS = 0.03, 2
 LONG_TURNS, SHORT_TURNS, TURNS_A_SESSION = 10_000, 100, 20
 
 FILL = """
-INSERT INTO turns (owner, session_id, number, id, question, reply, status, guard_stage, guard_decision, model,
-                   prompt_tokens, completion_tokens, lease_until, created_at, finished_at)
+INSERT INTO turns (owner, session_id, number, id, question, reply, status, verdicts, model, usage,
+                   lease_until, created_at, finished_at)
 SELECT {owner}, {session}, {number}, gen_random_uuid(),
        'How do I make bucket ' || n || ' of Amazon S3 private?',
        repeat('Amazon S3 blocks public access by default. ', {sentences}),
-       'complete', 'rules', 'allow', 'bench', 500, 150, moment, moment, moment
+       'complete', '[["allow", "names amazon s3", "rules"]]', 'bench',
+       '{{"prompt_tokens": 500, "completion_tokens": 150}}', moment, moment, moment
 FROM generate_series(1, {rows}) AS n, LATERAL (SELECT now() - n * interval '2 seconds' AS moment) AS made
 """
 
