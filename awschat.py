@@ -41,7 +41,7 @@ from configparser import ConfigParser
 from contextlib import nullcontext, suppress
 from enum import Enum
 from functools import partial
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
@@ -642,6 +642,14 @@ def authenticate() -> str:
     return owners[0] if owners else "everyone"
 
 
+def client_address() -> IPv4Address | IPv6Address:
+    """Whose request it is; uvicorn believed X-Forwarded-For if one of TRUSTED_PROXIES sent it. Raises 400."""
+    try:
+        return ip_address(request.remote_addr)
+    except ValueError:
+        raise http.BadRequest("X-Forwarded-For holds something that is no address.") from None
+
+
 async def read(model: type[BaseModel] = Session) -> BaseModel:
     """What the JSON of a POST, or else the query, holds. Raises HTTPException, ValidationError."""
     if request.method != "POST":
@@ -657,7 +665,7 @@ async def post_chat():
     owner, asked, key = authenticate(), await read(Question), request.headers.get("Idempotency-Key")
     if key is not None and not re.fullmatch("[!-~]{1,128}", key):
         raise http.UnprocessableEntity("Idempotency-Key: send 1 to 128 visible ASCII characters.")
-    bucket = owner if settings.API_KEYS else request.remote_addr
+    bucket = owner if settings.API_KEYS else str(client_address())
     claim = asyncio.create_task(begin(Turn(owner, asked.session_id, asked.message), key, bucket))
     claim.add_done_callback(lambda task: task.cancelled() or task.exception())  # even if the client has gone
     turn = await asyncio.shield(claim)  # for if the claim is committed, the turn must run
@@ -771,7 +779,7 @@ async def get_ready():
 
 @app.get("/metrics")
 async def get_metrics() -> Response:
-    if not ip_address(request.remote_addr).is_private and authenticate() == "everyone":
+    if not client_address().is_private and authenticate() == "everyone":
         raise http.Unauthorized("Metrics are for private addresses, or with a key.")
     return Response(prometheus.generate_latest(), content_type=prometheus.CONTENT_TYPE_LATEST)
 

@@ -2090,14 +2090,15 @@ def test_x_forwarded_for_is_believed_only_from_trusted_proxies(start_service, da
             "198.51.100.9, 203.0.113.2",
             "203.0.113.1, 127.0.0.1",
             "nonsense, 203.0.113.3",
+            "203.0.113.4, nonsense",
         ]
         return [service.open(question(), **{"X-Forwarded-For": hop}).status for hop in hops]
 
     limited = {"RATE_PER_MINUTE": 1, "CORS_ORIGINS": "*"}
     stranger = start_service(DATABASE_URL=database.new(), **limited)
-    assert statuses(stranger) == [200, 429, 429, 429, 429]
+    assert statuses(stranger) == [200, 429, 429, 429, 429, 429]
     proxy = start_service(DATABASE_URL=database.new(), TRUSTED_PROXIES="127.0.0.0/8,10.0.0.0/8", **limited)
-    assert statuses(proxy) == [200, 200, 429, 429, 200]
+    assert statuses(proxy) == [200, 200, 429, 429, 200, 400]
     assert proxy.get("/health", headers={"Origin": "null"}).headers["Access-Control-Allow-Origin"] in (
         "*",
         "null",
@@ -2236,6 +2237,7 @@ def test_metrics_are_for_private_addresses_or_with_a_key(keyed, service):
     assert keyed.get("/metrics", headers={"X-Forwarded-For": "10.1.2.3"}).status_code == 200
     for spoofed in ("8.8.8.8", "127.0.0.1, 8.8.8.8", "2001:4860::8888", "8.8.8.8, 127.0.0.1"):
         assert keyed.get("/metrics", headers={"X-Forwarded-For": spoofed}).status_code == 401
+    assert keyed.get("/metrics", headers={"X-Forwarded-For": "nonsense"}).status_code == 400
     assert keyed.get("/metrics", headers=PUBLIC_ADDRESS | bearer("bob")).status_code == 200
     assert service.get("/metrics", headers=PUBLIC_ADDRESS).status_code == 200, "nobody is believed there"
 
