@@ -28,6 +28,7 @@ REVIEW judges what is unproven at the end. Then the row of the turn is committed
 
 import asyncio
 import json
+import logging
 import os
 import re
 import secrets
@@ -68,6 +69,7 @@ KeyList = BeforeValidator(lambda text: dict(item.strip().partition(":")[::2] for
 Key = Annotated[SecretStr, Field(min_length=16)]
 POSTGRES = r"^postgres(ql)?://([^/@]*@)?[^/@:]*(:\d+)?([/?,].*)?$"  # asyncpg would quote what it can't parse
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Ping = Annotated[float, Field(ge=0.1, le=86_400)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Network = IPv4Network | IPv6Network
 
@@ -92,7 +94,7 @@ class Settings(BaseModel):
     FIRST_TOKEN_SECONDS: Seconds = 45  # how long the provider may take for its first text, or for a verdict
     STALL_SECONDS: Seconds = 20  # how long it may pause between two pieces of text
     GRACE_SECONDS: Seconds = 20  # how long running turns may go on after SIGTERM
-    PING_SECONDS: Seconds = 4  # the silence after which a stream gets a comment
+    PING_SECONDS: Ping = 4  # the silence after which a stream gets a comment
     ON_DISCONNECT: Literal["finish", "stop"] = "finish"  # what a turn does when its last watcher has gone
     MAX_STREAMS: Count = 1000  # running turns; more get 503
     POOL_SIZE: Annotated[int, Field(ge=1, le=1000)] = 10  # database connections
@@ -201,6 +203,8 @@ async def run(turn: Turn) -> None:
     try:
         await turn.walking
     except asyncio.CancelledError:
+        if asyncio.current_task().cancelling():  # not a stop: the program ends at once
+            raise
         turn.end("stopped", turn.text[: turn.shown] or "(Stopped before there was an answer.)")
     except Exception as failure:
         turn.fail(failure)
@@ -426,7 +430,7 @@ def release(turn: Turn, complete: bool = False) -> None:
     """
     length = len(turn.text)
     if complete or length > turn.leak_free + 32:
-        if not PROMPT_RUNS.isdisjoint(word_runs(turn.text[max(0, turn.leak_free - 120) :])):
+        if not PROMPT_RUNS.isdisjoint(word_runs(turn.text[max(0, turn.leak_free - 200) :])):
             turn.verdicts.append(Verdict("block", "repeats the system prompt", "leak"))
             raise OffScope
         turn.leak_free = length
@@ -552,7 +556,7 @@ async def refresh(turn: Turn) -> None:
 async def beat() -> None:
     """Time and again, renew the leases of all turns that run here and save their texts, in one statement.
 
-    Those whose row asks for it, or is no longer theirs, stop. A lease outlives several missed beats.
+    Those whose row asks for it, or is no longer theirs, stop.
     """
     sql = """UPDATE turns SET lease_until = now() + make_interval(secs => $1), reply = mine.reply
         FROM unnest($2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[])
@@ -563,12 +567,15 @@ async def beat() -> None:
         await asyncio.sleep(BEAT_SECONDS)
         mine = list(TURNS.values())
         news = [(t.owner, t.session_id, t.number, t.id, t.text[: t.shown]) for t in mine]
-        with suppress(http.ServiceUnavailable, asyncpg.PostgresError):
+        try:
             rows = await query(sql, LEASE_SECONDS, *zip(*news, strict=True)) if mine else []
-            go_on = {row["id"] for row in rows if not row["stop_requested"]}
-            for turn in mine:
-                if turn.id not in go_on:
-                    turn.stop()
+        except Exception as failure:  # a lease outlives several missed beats
+            log("missed a beat", problem=type(failure).__name__)
+            continue
+        go_on = {row["id"] for row in rows if not row["stop_requested"]}
+        for turn in mine:
+            if turn.id not in go_on:
+                turn.stop()
 
 
 async def save(turn: Turn) -> None:
@@ -645,7 +652,7 @@ def authenticate() -> str:
 def client_address() -> IPv4Address | IPv6Address:
     """Whose request it is; uvicorn believed X-Forwarded-For if one of TRUSTED_PROXIES sent it. Raises 400."""
     try:
-        return ip_address(request.remote_addr)
+        return ip_address(request.remote_addr.removeprefix("::ffff:"))
     except ValueError:
         raise http.BadRequest("X-Forwarded-For holds something that is no address.") from None
 
@@ -681,7 +688,7 @@ async def get_stream() -> Response:
 
 
 def stream(turn: Turn) -> Response:
-    """The response that watches a turn. Its timeout drops a reader who is stuck; Quart's own is 60 s."""
+    """The response that watches a turn. Its timeout ends it for a reader who is stuck; Quart's is 60 s."""
     response = Response(events(turn), content_type="text/event-stream; charset=utf-8", headers=STREAM)
     response.timeout = settings.TURN_SECONDS + 60
     return response
@@ -848,7 +855,7 @@ def explain(failure: Exception) -> http.HTTPException:
             text = "The model provider has a problem. Please try again soon."
         case TimeoutError():
             text = "That took too long. Please try again."
-        case aiohttp.ClientError() | OSError():
+        case aiohttp.ClientError() | ConnectionError():
             text = "The connection to the model provider broke. Please try again."
         case _:
             app.logger.error("a bug", exc_info=failure)
@@ -963,6 +970,14 @@ class Connection(HttpToolsProtocol):
         if self.head_size > 2**16:
             self.send_400_response("The head of the request is too long.")
 
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if len(self.pipeline) > 50:
+            raise ValueError("too many requests wait for the first one's answer")  # a 400 to the client
+
+    def _unsupported_upgrade_warning(self) -> None:
+        self.cycle.keep_alive = False  # what follows may be the body that the parser has skipped
+
     def _start_asgi_task(self, cycle, app) -> None:
         self.running = cycle
         super()._start_asgi_task(cycle, app)
@@ -972,14 +987,22 @@ class Connection(HttpToolsProtocol):
             self.running.disconnected = True
             self.running.message_event.set()
         super().connection_lost(failure)
+        self._unset_keepalive_if_required()
 
 
 async def main(database_url: str) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        if stop.is_set():
+            logging.disable()  # uvicorn would log every stream that is cut off
+            sys.exit(1)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         with suppress(NotImplementedError):  # on Windows, where Ctrl-C ends it at once
-            loop.add_signal_handler(number, lambda: sys.exit(1) if stop.is_set() else stop.set())
+            loop.add_signal_handler(number, interrupt)
     await open_provider()
     # No statement here changes the state of its connection: nothing to reset, one round trip less.
     options = {"min_size": 0, "max_size": settings.POOL_SIZE, "reset": lambda connection: asyncio.sleep(0)}
@@ -1002,7 +1025,7 @@ async def main(database_url: str) -> None:
     server.should_exit = True
     await asyncio.wait({serving})
     for task in done:
-        task.result()  # a port that is taken, a bug: the end, with what was raised
+        task.result()  # a bug: the end, with what was raised
 
 
 if __name__ == "__main__":

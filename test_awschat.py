@@ -1549,6 +1549,25 @@ def test_an_offer_to_upgrade_to_http_2_is_declined_and_the_request_answered(serv
     assert answer.startswith(b"HTTP/1.1 200 ") and b'"complete"' in answer
 
 
+def test_an_offer_to_upgrade_cut_in_two_makes_no_second_request_of_a_body(service):
+    body = b"GET /openapi.yaml HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nConnection: Upgrade\r\nUpg" % len(body)
+    with socket.create_connection(("127.0.0.1", service.port), TIMEOUT) as connection:
+        connection.sendall(head)
+        service.ready()  # a request sent later is answered: that one has been read
+        connection.sendall(b"rade: websocket\r\n\r\n")
+        connection.sendall(body)
+        answers = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answers.count(b"HTTP/1.1 ") == 1 and b"openapi:" not in answers
+
+
+def test_requests_without_end_before_the_first_answer_are_refused(service):
+    stream = service.open(question(**SLOW)).until_token()
+    stream.connection.sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+    assert stream.seen()[-1]["type"] == "token", "cut off"
+    assert service.post("/chat/stop", json={"session_id": stream.session_id}).status_code == 200
+
+
 def test_a_client_that_is_slow_with_its_header_meets_a_timeout(start_service):
     hasty = """
 import uvicorn
@@ -3323,6 +3342,15 @@ def test_a_second_signal_ends_it_at_once(start_service):
     service.signal(signal.SIGTERM)
     until(lambda: service.get("/ready").status_code == 503)
     service.terminate(10)
+
+
+def test_a_second_signal_ends_it_at_once_although_the_database_is_away(start_service, own_database):
+    service = start_service(GRACE_SECONDS=600, DATABASE_URL=own_database.url)
+    service.open(question(**SLOW)).until_token()
+    own_database.kill()
+    service.signal(signal.SIGTERM)
+    until(lambda: service.get("/ready").status_code == 503)
+    service.terminate(20)
 
 
 def test_a_watcher_of_another_replicas_turn_gets_its_closing_event_too(service, start_service):
