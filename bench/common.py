@@ -3,6 +3,7 @@
 Every context manager here ends what it started, by its pid, also when the script is interrupted.
 """
 
+import argparse
 import asyncio
 import http.client
 import json
@@ -31,6 +32,17 @@ def prepare():
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def arguments(about, **defaults):
+    """prepare(), and the command line of a script: the service's --python, and an option a default."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of the service")
+    args = parser.parse_args()
+    prepare()
+    return args
 
 
 def free_port():

@@ -8,11 +8,10 @@ the history that the model is shown. What it costs more than a new one is sendin
 costs more than that is growth.
 """
 
-import argparse
 import statistics
 import sys
 
-from common import ROOT, chat_server, execute, load, postgres, prepare, provider
+from common import ROOT, arguments, chat_server, execute, load, postgres, provider
 
 FIRST, TOKENS = 0.03, 2
 LONG_TURNS, SHORT_TURNS, TURNS_A_SESSION = 10_000, 100, 20
@@ -55,12 +54,7 @@ def first_token(url, **options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--python", default=sys.executable, help="the interpreter of the service")
-    args = parser.parse_args()
-    prepare()
+    args = arguments(__doc__, turns=1_000_000, rounds=7)
     script = ROOT / "awschat.py"
     with postgres() as database, provider(FIRST, 0.001, TOKENS) as (_, provider_url):
         empty_db, full_db = database("empty"), database("full")

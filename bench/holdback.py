@@ -13,7 +13,6 @@ they run side by side, so that in doubt the first token takes 400 ms, not 700. L
 provider's stream must end there.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -24,7 +23,7 @@ import time
 from itertools import product
 
 import aiohttp
-from common import ROOT, chat_server, execute, get, get_json, postgres, prepare, provider
+from common import ROOT, arguments, chat_server, execute, get, get_json, postgres, provider
 
 REFUSAL = "This assistant answers questions about AWS."
 DRIFTS, RUNS, AT_ONCE = range(0, 3001, 100), 10, 20
@@ -206,10 +205,7 @@ async def measure(service, provider_url):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=sys.executable, help="the interpreter of the service")
-    args = parser.parse_args()
-    prepare()
+    args = arguments(__doc__)
     with postgres() as database, provider(extra=["--scripted"]) as (_, provider_url):
         url, script = database("holdback"), ROOT / "awschat.py"
         with chat_server(script, url, provider_url, args.python, REFUSAL=REFUSAL) as (_, port, _):

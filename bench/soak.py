@@ -7,13 +7,12 @@ Prints memory, open files and the provider's connections every half minute, then
 within 5 % of RSS after the first minute, files and connections back to where they were, no failure.
 """
 
-import argparse
 import json
 import statistics
 import sys
 import time
 
-from common import ROOT, chat_server, get_json, load, load_command, postgres, prepare, provider, running
+from common import ROOT, arguments, chat_server, get_json, load, load_command, postgres, provider, running
 
 TOKENS, INTERVAL = 20, 0.03
 
@@ -58,12 +57,7 @@ def settled(process, fake, before, seconds=90):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=21_000)
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--python", default=sys.executable, help="the interpreter of the service")
-    args = parser.parse_args()
-    prepare()
+    args = arguments(__doc__, turns=21_000, minutes=5.0)
     with (
         postgres() as database,
         provider(0.03, INTERVAL, TOKENS) as fake,

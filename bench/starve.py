@@ -7,13 +7,12 @@ generators busy; that row is what the rig itself adds. The others' p99 gap betwe
 100 ms, and a burst's first token must come at once, not with its last.
 """
 
-import argparse
 import json
 import sys
 import time
 from contextlib import ExitStack
 
-from common import ROOT, chat_server, load, load_command, postgres, prepare, provider, running
+from common import ROOT, arguments, chat_server, load, load_command, postgres, provider, running
 
 OTHERS, BURSTS, BURST_TOKENS = 50, 20, 5000
 QUESTION = "How do I move old objects from Amazon S3 to Glacier with a lifecycle rule? "
@@ -52,10 +51,7 @@ def row(name, steady, burst):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=sys.executable, help="the interpreter of the service")
-    args = parser.parse_args()
-    prepare()
+    args = arguments(__doc__)
     print(
         "| | others' gap, p50 / p99 / max (ms) | burst's first token behind the provider's, p50 / max (ms)",
         end="",
