@@ -49,6 +49,8 @@ import aiohttp
 import asyncpg
 from common import ROOT, Process, free_port, prepare
 
+from fake_openai import one_word
+
 KINDS = ("one replica", "both replicas", "database", "provider")
 CLIENTS = ("plain", "plain", "retry", "retry", "impatient", "resume", "resume", "rival")
 VIOLATIONS = ("lost", "duplicate", "malformed", "stuck", "cut", "bug")
@@ -101,10 +103,8 @@ def question(random, seconds):
     nonce = secrets.token_hex(4)
     answer = " ".join(f"Amazon S3 keeps {nonce} in bucket {n}." for n in range(8))
     first = random.uniform(0.01, min(0.3, seconds / 3))
-    steer = (
-        f'answer="AWS", size=8, answer="AWS", first={first:.3f}, answer="AWS", interval={seconds / 40:.4f}'
-    )
-    return f'How do I make an S3 bucket private? (S3 {nonce}) #fake({steer}, answer="{answer}") S3'
+    steer = one_word(size=8, first=round(first, 3), interval=round(seconds / 40, 4), answer=answer)
+    return f"How do I make an S3 bucket private? (S3 {nonce} EC2) {steer} S3"
 
 
 # ---- One world and its processes ----
@@ -379,7 +379,7 @@ class World:
     async def check(self, records):
         """Hold what clients saw in these records against the table and GET /chat."""
         connection = await asyncpg.connect(self.database.get_uri())
-        sql = "SELECT * FROM turns WHERE session_id = $1 ORDER BY number"
+        sql = "SELECT * FROM turns_as_read WHERE session_id = $1 ORDER BY number"
         try:
             for session in dict.fromkeys(asked.session for asked in records):
                 rows = await connection.fetch(sql, session)
@@ -430,9 +430,9 @@ def malformed(rows, messages):
     stored = []
     for row in rows:
         stored.append(("user", row["question"], row["status"]))
-        told = row["reply"] or row["error"]  # where nothing was answered, what the user was told
+        told = row["reply"] or row["notice"]  # where nothing was answered, what the user was told
         stored.append(("assistant", told, row["status"]))
-        if not row["reply"] and row["status"] != "failed":
+        if not row["reply"] and row["status"] not in ("failed", "refused"):
             yield f"turn {row['number']} is {row['status']} without a reply"
     if stored != [(m["role"], m["content"], m["status"]) for m in messages]:
         yield "GET /chat differs from the table"
@@ -453,7 +453,9 @@ def broken_promises(asked, rows, messages):
         if attempt.answered:
             reply, status = attempt.closing["content"], attempt.closing["status"]
             candidates = own if attempt.method == "POST" else rows
-            if not any((row["reply"], row["status"]) == (reply, status) for row in candidates):
+            if not any(
+                (row["reply"] or row["notice"], row["status"]) == (reply, status) for row in candidates
+            ):
                 yield "lost", f"the reply {reply!r}, {status}, is not in the table"
             elif ("assistant", reply, status) not in told:
                 yield "lost", f"the reply {reply!r}, {status}, is not in GET /chat"

@@ -101,7 +101,7 @@ def main():
         time.sleep(15)
         later, later_files = process.rss() / 2**20, process.open_files()
         print(f"15 s later: memory {memory:.0f} -> {later:.0f} MB, open files {files} -> {later_files}")
-        if b'awschat_now{what="turns"} 0.0' not in get(port, "/metrics")[1]:
+        if b"awschat_running 0.0" not in get(port, "/metrics")[1]:
             violations.append("turns still run")
         if later_files > files + 20:
             violations.append(f"open files grew from {files} to {later_files}")

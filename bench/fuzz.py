@@ -299,7 +299,7 @@ def fuzz_contract(port, examples, seed, folder):
 def settle(process, port):
     """Wait until no turn runs -> (resident MB, open files)."""
     deadline = time.monotonic() + 60
-    while b'awschat_now{what="turns"} 0.0' not in get(port, "/metrics")[1]:
+    while b"awschat_running 0.0" not in get(port, "/metrics")[1]:
         if time.monotonic() > deadline:
             sys.exit("VIOLATION: a minute after the last request turns still run, or /metrics fails")
         time.sleep(0.5)
@@ -339,7 +339,7 @@ def main():
     prepare()
     folder, port = tempfile.mkdtemp(prefix="bench-fuzz-"), free_port()
     env = {"HOST": "127.0.0.1", "PORT": str(port), "API_KEYS": f"fuzz:{KEY}", "TURN_SECONDS": "20"}
-    env |= {"OPENAI_API_KEY": "fuzz", "CORS_ORIGINS": "https://x", "TRUSTED_PROXIES": "127.0.0.1"}
+    env |= {"OPENAI_API_KEY": "fuzz", "CORS_ORIGINS": "https://x", "TRUSTED_HOPS": "1"}
     log = Path(folder, "service.log")
     with postgres() as database, provider(0, 0.001, 20) as (_, url), log.open("wb") as output:
         env |= {"DATABASE_URL": database("fuzz"), "OPENAI_BASE_URL": url}

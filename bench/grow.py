@@ -17,9 +17,9 @@ FIRST, TOKENS = 0.03, 2
 LONG_TURNS, SHORT_TURNS, TURNS_A_SESSION = 10_000, 100, 20
 
 FILL = """
-INSERT INTO turns (owner, session_id, number, id, question, reply, status, verdicts, model, usage,
+INSERT INTO turns (owner, session_id, question, reply, status, verdicts, model, usage,
                    lease_until, created_at, finished_at)
-SELECT {owner}, {session}, {number}, gen_random_uuid(),
+SELECT {owner}, {session},
        'How do I make bucket ' || n || ' of Amazon S3 private?',
        repeat('Amazon S3 blocks public access by default. ', {sentences}),
        'complete', '[["allow", "names amazon s3", "rules"]]', 'bench',
@@ -34,12 +34,11 @@ def fill(url, turns):
     many = FILL.format(
         owner=owner,
         session=f"'bench-' || (n / {TURNS_A_SESSION})",
-        number=f"n % {TURNS_A_SESSION} + 1",
         sentences=5,
         rows=turns - LONG_TURNS - SHORT_TURNS,
     )
     sized = [
-        FILL.format(owner=owner, session=f"'bench-of-{rows}'", number="n", sentences=14, rows=rows)
+        FILL.format(owner=owner, session=f"'bench-of-{rows}'", sentences=14, rows=rows)
         for rows in (SHORT_TURNS, LONG_TURNS)
     ]
     execute(url, many, *sized, "VACUUM ANALYZE turns")

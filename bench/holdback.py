@@ -25,6 +25,8 @@ from itertools import product
 import aiohttp
 from common import ROOT, arguments, chat_server, execute, get, get_json, postgres, provider
 
+from fake_openai import one_word
+
 REFUSAL = "This assistant answers questions about AWS."
 DRIFTS, RUNS, AT_ONCE = range(0, 3001, 100), 10, 20
 BUCKETS = [range(1), range(1, 501), range(501, 1001), range(1001, 2001), range(2001, 3001)]
@@ -37,15 +39,13 @@ PACE = {"first": 0.3, "interval": 0.03, "judge_delay": 0.4}
 
 
 def confident(**directives):
-    """A question that the rules allow. They read directives, too: hence something of AWS beside each."""
-    steer = "".join(f'{name}={value}, answer="AWS", ' for name, value in directives.items())
-    return f'How do I make an S3 bucket private? #fake({steer}answer="") S3'
+    """A question that the rules allow."""
+    return f"How do I make an S3 bucket private? {one_word(**directives)} S3"
 
 
 def doubtful(**directives):
-    """A question that the rules leave to the model."""
-    steer = ", ".join(f"{name}={value}" for name, value in directives.items())
-    return f"Which cloud database suits a small team? #fake({steer})"
+    """A question that the rules leave to the model, though they see AWS in it."""
+    return f"Should I leave Azure for Amazon S3? {one_word(**directives)}"
 
 
 ASKED = {"confident": confident, "doubtful": doubtful}

@@ -155,7 +155,7 @@ start pgbouncer unprivileged pgbouncer "$dir/pgbouncer.ini"
 start provider "$python" "$root/fake_openai.py" --scripted --port "$port_provider"
 replica() { # NAME PORT
     start "$1" env HOST=127.0.0.1 PORT="$2" OPENAI_API_KEY=none GRACE_SECONDS=1 \
-        OPENAI_BASE_URL="http://127.0.0.1:$port_provider/v1" STATEMENT_CACHE=0 \
+        OPENAI_BASE_URL="http://127.0.0.1:$port_provider/v1" \
         DATABASE_URL="postgresql://awschat@127.0.0.1:$port_bouncer/awschat" "$python" "$root/awschat.py"
     until_true 20 curl -fsS "http://127.0.0.1:$2/ready"
 }
@@ -187,7 +187,7 @@ http {
             proxy_http_version 1.1;
             proxy_set_header Connection "";
             proxy_set_header Host \$host;
-            proxy_set_header X-Forwarded-For \$proxy_add_x_forwarded_for;  # with TRUSTED_PROXIES
+            proxy_set_header X-Forwarded-For \$proxy_add_x_forwarded_for;  # believed with TRUSTED_HOPS=1
             proxy_buffering off;        # each event at once
             proxy_connect_timeout 2s;
             proxy_read_timeout 60s;     # awschat sends something every 4 s
