@@ -25,11 +25,12 @@ it through these states, and any number of responses watch it. A stop or a failu
       +----- block ------+--- drifts off -------+-----> REFUSE --> DONE
 
 Three rules of this file:
-1. A stream is closed only after the outcome of its turn is committed to the database.
-2. Nothing is visible before the question is allowed; then at most ALLOWANCE characters beyond what is proven.
-3. Only its own task changes a turn. Everybody else watches it, or asks it to stop.
+1. `end` is sent only after the outcome is committed to the database. If it can't be, an `error` says so.
+2. Nothing is visible before the question is allowed, then at most ALLOWANCE characters of unproven text.
+3. Only a turn's own task, with the reader that it starts, writes its text and decides its outcome. Everybody
+   else watches, wakes watchers or asks it to stop.
 
-Read in this order: the turn and its task, watching, the steps, the provider; they use what stands below them.
+Read from top to bottom; what a part uses stands below it. Skip Settings at first, and the rules of the guard.
 """
 
 import asyncio
@@ -130,8 +131,8 @@ settings = load_settings()
 LEASE_SECONDS = 10  # without a heartbeat for so long, a turn counts as dead
 HEARTBEAT_SECONDS = 1  # how often running turns renew their leases and learn that they shall stop
 FLUSH_SECONDS = 0.1  # the rest between two reads of an answer: what comes meanwhile becomes one event
-LOOK_SECONDS = min(0.4, settings.PING_SECONDS / 2)  # how often watchers look up although nothing is new
-ALLOWANCE = 600  # characters that may be visible beyond the proven text
+LOOK_SECONDS = min(0.4, settings.PING_SECONDS / 2)  # how often watchers are woken without news
+ALLOWANCE = 600  # characters that may be visible beyond the proven text, whatever one read brings
 PROOF_CHARS = 300  # so many unproven characters pause the reading until the judge has spoken
 REPLY_CHARS = 100_000  # a longer reply is cut, so that no provider can fill the memory
 CUT = "\n\n(The answer was cut at the length limit. Ask me to continue.)"
@@ -145,8 +146,8 @@ class Service:
     provider: openai.AsyncOpenAI = None
     fresh_provider: openai.AsyncOpenAI = None  # the same, with a new connection for each request
     demo: bool = False  # the demo provider answers
-    claims: int = 0  # requests that are just claiming a session
-    ends_at: float = 0  # after SIGTERM, when there are no new turns: from then on nothing is waited for
+    claims: int = 0  # requests whose turn is not in RUNNING yet
+    ends_at: float = 0  # set by a signal: no new turns; from this moment on nothing is waited for
 
 
 service = Service()
@@ -157,7 +158,7 @@ State = Enum("State", "GUARD GENERATE REVIEW REFUSE DONE")
 
 
 class OffScope(Exception):
-    """The last verdict ends the answer: the state machine goes to REFUSE."""
+    """The last verdict is a block: the turn goes on to REFUSE."""
 
 
 @dataclass(eq=False)
@@ -172,11 +173,11 @@ class Turn:
     session_id: str
     number: int  # of its row
     question: str = ""
-    history: list[tuple[str, str]] = ()  # (question, reply) that the model is shown, oldest first
+    history: Sequence[tuple[str, str]] = ()  # (question, reply) that the model is shown, oldest first
     text: str = ""  # all that the model has said; in the end followed by the notice, if there is one
     proven: int = 0  # text[:proven] is on scope: AWS terms prove it, or the judge has said so
     visible: int = 0  # watchers may see text[:visible]
-    closing: dict[str, str] = field(default_factory=dict)  # the closing event, once the outcome is decided
+    outcome: dict[str, str] = field(default_factory=dict)  # the closing event, once the outcome is decided
     closed: bool = False  # the closing event may be sent
     failure: http.HTTPException | None = None  # why it failed
     verdicts: list["Verdict"] = field(default_factory=list)  # the guard's, in order
@@ -187,25 +188,25 @@ class Turn:
     news: asyncio.Event = field(default_factory=asyncio.Event)  # set, and replaced, to have watchers look
 
     def publish(self) -> None:
-        """Let the watchers see what may be visible by now, until the outcome is decided."""
-        if not self.closing:
+        """Show what may be visible by now, until the outcome is decided, and wake the watchers."""
+        if not self.outcome:
             self.visible = min(len(self.text), self.proven + ALLOWANCE)
         if self.visible:
             self.seconds.setdefault("first_token", round(clock() - self.began, 4))
         self.news.set()
         self.news = asyncio.Event()
 
-    def finish(self, status: str, notice: str = "") -> None:
+    def decide(self, status: str, notice: str = "") -> None:
         """Decide the outcome, which nobody sees yet. A notice (refusal, failure) follows the visible text."""
         if notice or status == "stopped":
             self.text = "\n\n".join(filter(None, (self.text[: self.visible], notice)))
         kind = "error" if status == "failed" else "end"
-        self.closing = {"type": kind, "content": notice or self.text, "status": status}
+        self.outcome = {"type": kind, "content": notice or self.text, "status": status}
 
     def fail(self, failure: Exception) -> None:
         """Decide that the turn has failed."""
         self.failure = explain(failure)
-        self.finish("failed", self.failure.description)
+        self.decide("failed", self.failure.description)
 
     def close(self) -> None:
         """Let the watchers see everything, the closing event too."""
@@ -215,7 +216,7 @@ class Turn:
 
     def stop(self) -> None:
         """Ask the task to end the turn, unless the outcome is decided already."""
-        if self.task and not self.closing:
+        if self.task and not self.outcome:
             self.task.cancel()
 
     def out_of_time(self) -> bool:
@@ -235,7 +236,7 @@ async def run(turn: Turn) -> None:
             while state is not State.DONE:
                 state = await step(turn, state)
     except asyncio.CancelledError:
-        turn.finish("stopped", "" if turn.visible else "(Stopped before there was an answer.)")
+        turn.decide("stopped", "" if turn.visible else "(Stopped before there was an answer.)")
     except Exception as failure:
         turn.fail(failure)
     while not await committed(turn):
@@ -246,7 +247,7 @@ async def run(turn: Turn) -> None:
 
 
 async def step(turn: Turn, state: State) -> State:
-    """Do what a state asks for; the state that follows. Raises what the step raises, but OffScope."""
+    """Run the step of a state; returns the state that follows. Raises what it raises, except OffScope."""
     try:
         following = await STEPS[state](turn)
     except OffScope:
@@ -256,7 +257,7 @@ async def step(turn: Turn, state: State) -> State:
 
 
 async def committed(turn: Turn) -> bool:
-    """Whether the outcome is in the database. What can't be saved, or not in time, becomes a failure."""
+    """True once the outcome is saved; what can't be saved, or not in time, fails. False: try again."""
     try:
         if turn.number not in await save([turn]):
             turn.fail(http.NotFound("This conversation was erased."))
@@ -274,7 +275,7 @@ async def watch(turn: Turn):
     """The turn as server-sent events. A watcher is a place in the text: a slow reader costs no memory."""
     seen, spoke = 0, clock()
     while not turn.closed or seen < turn.visible:
-        news = turn.news
+        news = turn.news  # taken before we look, so that no change is missed
         if turn.visible > seen:
             text = json.dumps(turn.text[seen : turn.visible])
             seen, spoke = turn.visible, clock()
@@ -291,7 +292,7 @@ async def watch(turn: Turn):
             if turn.out_of_time() and not turn.closed:
                 turn.fail(unavailable("The service is interrupted. Please reload in a moment."))
                 turn.close()
-    yield f"data: {json.dumps(turn.closing, separators=(',', ':'))}\n\n"
+    yield f"data: {json.dumps(turn.outcome, separators=(',', ':'))}\n\n"
 
 
 # ---- The steps: each returns the state that follows, or raises OffScope ----
@@ -309,11 +310,11 @@ async def guard(turn: Turn) -> State:
 
 
 async def generate(turn: Turn) -> State:
-    """Have the provider answer. If the rules were unsure the judge speaks meanwhile, before any is read."""
+    """Have the provider answer. If the rules were unsure, nothing is read before the judge has decided."""
     allowed = asyncio.Event()
     reading = asyncio.create_task(read_answer(turn, allowed))
     try:
-        if turn.verdicts[-1].decision == "unsure":
+        if turn.verdicts[-1].decision == "unsure":  # else the rules, or the judge in GUARD, have decided
             await ask_judge(turn, "question")
         allowed.set()
         await reading
@@ -326,13 +327,13 @@ async def generate(turn: Turn) -> State:
 async def review(turn: Turn) -> State:
     """Have the judge read an answer in which nothing is proven, or too much of the end is not."""
     await prove(turn, complete=True)
-    turn.finish("truncated" if turn.text.endswith(CUT) else "complete")
+    turn.decide("truncated" if turn.text.endswith(CUT) else "complete")
     return State.DONE
 
 
 async def refuse(turn: Turn) -> State:
     """Make the refusal the reply."""
-    turn.finish("refused", settings.REFUSAL)
+    turn.decide("refused", settings.REFUSAL)
     return State.DONE
 
 
@@ -354,7 +355,7 @@ async def prove(turn: Turn, complete: bool = False) -> None:
 
 
 async def ask_judge(turn: Turn, stage: str) -> None:
-    """Have the judging model decide on the question or what is unproven of the answer. Raises OffScope."""
+    """Have the judge, a small model, decide on the question or the end of the answer. Raises OffScope."""
     fence = f"=== {secrets.token_hex(8)} ==="  # around the data; nobody can guess it
     earlier = [text[:500] for pair in turn.history[-2:] for text in pair]
     answer = ["ANSWER", turn.text[max(0, turn.proven - PROOF_CHARS) :]] if stage == "answer" else []
@@ -364,7 +365,7 @@ async def ask_judge(turn: Turn, stage: str) -> None:
         completion = await ask_provider(settings.GUARD_MODEL or settings.OPENAI_MODEL, prompt, data)
         word = word_of(text_of(completion["choices"][0]["message"]["content"]))
         turn.verdicts.append(Verdict(word, "the judge's word", stage))
-    except (*PROVIDER_ERRORS, *NONSENSE) as failure:
+    except (*PROVIDER_ERRORS, *MALFORMED) as failure:
         decision = "allow" if settings.GUARD_FAIL == "open" else "block"
         turn.verdicts.append(Verdict(decision, f"judge failed: {describe(failure)}", stage))
     if turn.verdicts[-1].decision == "block":
@@ -376,7 +377,7 @@ async def ask_judge(turn: Turn, stage: str) -> None:
 SYSTEM_PROMPT = settings.SYSTEM_PROMPT_FILE.read_text(encoding="utf-8")
 JUDGE_PROMPT = settings.JUDGE_PROMPT_FILE.read_text(encoding="utf-8")
 PROVIDER_ERRORS = (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, OSError)
-NONSENSE = (ValueError, LookupError, AttributeError, TypeError, RecursionError)  # from reading its JSON
+MALFORMED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)  # from reading its JSON
 GOOD_ENDS = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}  # finish reasons
 LENGTH_ENDS = {"length", "max_tokens", "max_length", "model_length"}
 THOUGHT_TAGS = ("<think>", "<thinking>", "<reasoning>")
@@ -416,7 +417,7 @@ async def ask_provider(model: str, system: str, *texts: str, **options: object) 
             return await service.provider.post("/chat/completions", body=body, **how)
         except openai.APIConnectionError as failure:
             if isinstance(failure.__cause__ and failure.__cause__.__cause__, TimeoutError):
-                raise
+                raise  # it really is one
         return await service.fresh_provider.post("/chat/completions", body=body, **how)
 
 
@@ -475,7 +476,7 @@ class Decoder:
         *lines, self.line = (self.line + data).split(b"\n")
         try:
             self.held += "".join(map(self.read_line, lines))
-        except NONSENSE as nonsense:
+        except MALFORMED as nonsense:
             raise unavailable("The model provider sent nonsense. Please try again.") from nonsense
         if len(self.line) + len(self.held) > EVENT_BYTES:
             raise unavailable("The model provider sent something endless. Please try again.")
@@ -502,6 +503,7 @@ class Decoder:
         usage = event.get("usage") or {}
         counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
         self.usage |= {name: n for name, n in counts.items() if type(n) is int and 0 <= n < 2**31}
+        # The first choice; its index is 0 or missing.
         choice = next((choice for choice in event.get("choices") or () if not choice.get("index")), {})
         self.finish = (choice.get("finish_reason") or self.finish).lower()
         delta = choice.get("delta") or {}
@@ -635,8 +637,8 @@ def word_of(reply: str) -> str:
 
 # ---- The database: the module calls the functions of schema.sql ----
 
-BUGS = {"22", "23", "42", "AW"}  # SQLSTATE classes that blame the call; all others blame the database
-WRONG = {"0A", "28", "3D", "42"}  # of those that refuse a connection: time does not heal them
+CALLER_FAULTS = {"22", "23", "42", "AW"}  # SQLSTATE classes that the call caused; all others become a 503
+FINAL = {"0A", "28", "3D", "42"}  # of refused connections, those that no waiting mends
 SCHEMA = (HERE / "schema.sql").read_text(encoding="utf-8")
 
 
@@ -649,7 +651,7 @@ async def open_pool() -> None:
         await asyncio.wait_for(call("check_writable"), 3)
     except (http.ServiceUnavailable, TimeoutError, asyncpg.PostgresError) as failure:
         cause = failure.__cause__ or failure
-        if getattr(cause, "sqlstate", "08")[:2] in WRONG or isinstance(cause, ValueError | FileNotFoundError):
+        if getattr(cause, "sqlstate", "08")[:2] in FINAL or isinstance(cause, ValueError | FileNotFoundError):
             sys.exit(f"DATABASE_URL: {describe(cause)}")
 
 
@@ -674,7 +676,7 @@ async def call(function: str, *args: object) -> list[asyncpg.Record]:
         sqlstate = getattr(failure, "sqlstate", "08")
         if sqlstate == "25006":  # read-only, since a failover: the pool's other connections may be, too
             await service.pool.expire_connections()
-        if sqlstate[:2] in BUGS:
+        if sqlstate[:2] in CALLER_FAULTS:
             raise
         raise unavailable("The database is away. Please try again soon.") from failure
 
@@ -708,7 +710,7 @@ async def find_turn(owner: str, session_id: str, number: int | None = None, said
     text = reply or said
     turn = Turn(owner, session_id, number, text=text, proven=len(text), visible=len(text))
     if status != "running":
-        turn.finish(status, notice)
+        turn.decide(status, notice)
         turn.close()
     return turn
 
@@ -718,7 +720,7 @@ async def save(turns: list[Turn]) -> dict[int, bool]:
     rows = []
     for turn in turns:
         said = turn.text[: turn.visible]
-        rows.append((turn.owner, turn.session_id, turn.number, said, turn.closing, turn.verdicts, turn.usage))
+        rows.append((turn.owner, turn.session_id, turn.number, said, turn.outcome, turn.verdicts, turn.usage))
     return dict(await call("save_turns", LEASE_SECONDS, settings.OPENAI_MODEL, json.dumps(rows)))
 
 
@@ -742,7 +744,7 @@ async def wake_watchers() -> None:
 app = Quart(__name__, static_folder="web", static_url_path="/web")
 app.config.update(MAX_CONTENT_LENGTH=2**16, BODY_TIMEOUT=10, RESPONSE_TIMEOUT=settings.TURN_SECONDS + 60)
 app.config.update(BACKGROUND_TASK_SHUTDOWN_TIMEOUT=0.1)  # the jobs of serve() never end
-OPEN = {"page", "contract", "static", "health", "get_ready"}  # endpoints that need no key
+KEYLESS = {"page", "contract", "static", "health", "get_ready"}  # endpoints that need no key
 POLICY = "default-src 'none'; connect-src 'self'; img-src 'self' data:; script-src 'self'; style-src 'self'; "
 POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
@@ -776,7 +778,7 @@ async def authenticate() -> None:
     given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip().encode()
     keys = {name: key.get_secret_value().encode() for name, key in settings.API_KEYS.items()}
     owners = [name for name, key in keys.items() if secrets.compare_digest(key, given)]
-    if keys and not owners and request.endpoint not in OPEN and request.method != "OPTIONS":
+    if keys and not owners and request.endpoint not in KEYLESS and request.method != "OPTIONS":
         raise http.Unauthorized("Send a valid key, with the header Authorization: Bearer <key>.")
     g.owner = owners[0] if owners else "everyone"
 
@@ -788,7 +790,7 @@ async def post_chat():
     key = request.headers.get("Idempotency-Key")
     bucket = g.owner if settings.API_KEYS else str(request.remote_addr)
     claim = asyncio.create_task(start_turn(g.owner, asked, key, bucket))
-    claim.add_done_callback(lambda done: done.exception())  # heard, even if the client has gone
+    claim.add_done_callback(lambda done: done.exception())  # retrieved, even if the client has gone
     turn = await asyncio.shield(claim)  # what is claimed must run, whether or not its client has gone
     return stream(turn) if request.path == "/chat/stream" else await closing_json(turn)
 
@@ -885,7 +887,7 @@ async def on_error(failure: Exception):
 app = cors(app, allow_origin=settings.CORS_ORIGINS, expose_headers=("Retry-After", "Turn-Number"))
 
 # What a provider's error, as "status description", means for people: the first pattern that fits.
-PROVIDER_SAYS = {
+PROVIDER_ERROR_TEXTS = {
     "context.?(length|window|size)|too long|max_length": "That is too long for the model. Please shorten it.",
     "quota|billing|^(3|40[0-7]|41|42[0-8])": "The provider refuses us. Please tell the operator.",
     "^429|rate.?limit": "The model provider is busy. Please try again in {} s.",
@@ -907,7 +909,7 @@ def explain(failure: Exception) -> http.HTTPException:
             error.retry_after = failure.detail
         case TimeoutError() | openai.OpenAIError() | httpx2.HTTPError() | aiohttp.ClientError() | OSError():
             said = f"{getattr(failure, 'status_code', '')} {describe(failure)}".lower()
-            text = next(text for words, text in PROVIDER_SAYS.items() if re.search(words, said))
+            text = next(text for words, text in PROVIDER_ERROR_TEXTS.items() if re.search(words, said))
             headers = getattr(failure, "response", httpx2.Response(0)).headers
             wait = headers.get("Retry-After", "")
             wait = int(wait) if re.fullmatch("[0-9]{1,3}", wait) else 30
@@ -926,14 +928,14 @@ FAILURES = prometheus.Counter("awschat_failures", "Failed turns by the kind of f
 REFUSED = prometheus.Counter("awschat_refused_requests", "Requests that were turned away", ["status"])
 VERDICTS = prometheus.Counter("awschat_verdicts", "Verdicts of the guard", ["stage", "decision"])
 TOKENS = prometheus.Counter("awschat_tokens", "Tokens as the provider counted them", ["direction"])
-SECONDS = prometheus.Histogram("awschat_seconds", "A turn's", ["to"], buckets=(0.1, 0.3, 1, 3, 10, 30, 100))
+SECONDS = prometheus.Histogram("awschat_seconds", "Of a turn", ["to"], buckets=(0.1, 0.3, 1, 3, 10, 30, 100))
 DROPPED = prometheus.Counter("awschat_log_lines_dropped", "Log lines that nobody read in time")
 prometheus.Gauge("awschat_running", "Running turns").set_function(lambda: len(RUNNING))
 SECRET = re.compile(r"\w+://\S+|\b(sk|key|bearer)[-_ =]\S+", re.IGNORECASE)
 
 
 def log(message: str, **fields: object) -> None:
-    """One line on stdout: JSON, or text on a terminal. When nobody empties the pipe, it is dropped."""
+    """One line on stdout: JSON, or text on a terminal. It is dropped if the pipe is full."""
     fields = {"message": message, "time": round(time.time(), 3)} | fields
     text = " ".join(f"{name}={value}" for name, value in fields.items())
     try:
@@ -944,7 +946,7 @@ def log(message: str, **fields: object) -> None:
 
 def describe(failure: BaseException) -> str:
     """Why something failed, for the operator: kind, status, code and message of its root; no key, no URL."""
-    while failure.__cause__:
+    while failure.__cause__ and not isinstance(failure, TimeoutError):
         failure = failure.__cause__
     facts = [getattr(failure, name, "") for name in ("status_code", "sqlstate", "code", "type")]
     words = " ".join([type(failure).__name__, *map(str, filter(None, facts)), str(failure)])
@@ -954,7 +956,7 @@ def describe(failure: BaseException) -> str:
 def report(turn: Turn) -> None:
     """Count and log a turn that has ended, without a word that was said in it."""
     turn.seconds["total"] = round(clock() - turn.began, 4)
-    status = turn.closing["status"]
+    status = turn.outcome["status"]
     TURNS.labels(status).inc()
     problem = describe(turn.failure) if turn.failure else ""
     if turn.failure:
@@ -1006,7 +1008,7 @@ async def drained() -> None:
                 turn.stop()
     service.ends_at = clock()
     await asyncio.sleep(LOOK_SECONDS + 0.2)  # in which watchers of other replicas' turns learn of the end
-    asyncio.get_running_loop().call_later(3, os._exit, 0)  # no longer for a client that does not read
+    asyncio.get_running_loop().call_later(3, os._exit, 0)  # ends the wait for clients that do not read
 
 
 async def serve(demo: bool) -> None:

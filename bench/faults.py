@@ -382,7 +382,7 @@ class World:
         sql = "SELECT * FROM turns_as_read WHERE session_id = $1 ORDER BY number"
         try:
             for session in dict.fromkeys(asked.session for asked in records):
-                rows = await connection.fetch(sql, session)
+                rows = await self.at_rest(connection, sql, session)
                 messages = await self.history(session)
                 for what in malformed(rows, messages):
                     self.note("malformed", what, session, rows)
@@ -392,6 +392,15 @@ class World:
                             self.note(violation, what, session, rows)
         finally:
             await connection.close()
+
+    async def at_rest(self, connection, sql, session):
+        """The session's rows, once none runs: a newer message does not wait for the lease of a dead turn."""
+        deadline = clock() + LEASE + SLACK
+        while any(row["status"] == "running" for row in await connection.fetch(sql, session)):
+            if clock() > deadline:
+                break  # malformed() tells
+            await asyncio.sleep(PAUSE)
+        return await connection.fetch(sql, session)
 
     async def history(self, session):
         """All messages that GET /chat has, oldest first."""

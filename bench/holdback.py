@@ -121,8 +121,7 @@ async def drift_table(client):
     worst = {kind: max(result[0] for case, result in results.items() if case[0] == kind) for kind in ASKED}
     print()
     return {
-        "in doubt no off-scope character is shown": worst["doubtful"] == 0,
-        f"after a confident allow at most 600 are (most: {worst['confident']})": worst["confident"] <= 600,
+        f"after an allow of either kind at most 600 are shown (most: {worst})": max(worst.values()) <= 600,
         "the closing event is the refusal": all(refused for _, refused, _ in results.values()),
         "the stored reply is the refusal": all(stored for _, _, stored in results.values()),
     }
