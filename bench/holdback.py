@@ -4,8 +4,8 @@
 
 Drift: scripted answers turn from AWS to bread after k characters, k from 0 to 3,000, each ten times after a
 question that the rules allow (confident) and ten times after one that they leave to the model (in doubt). The
-provider is slow and fast, and drifts within a paragraph and in a new one. In doubt no character about bread
-may reach the client, else at most 600; the closing event and the stored reply must be the refusal.
+provider is slow and fast, and drifts within a paragraph and in a new one. At most 600 characters about bread
+may reach the client; the closing event and the stored reply must be the refusal.
 
 Price: an answer that stays on scope is streamed in doubt, after a confident verdict, and by the provider
 itself, all at the same time. The provider needs 300 ms for its first token and the judge 400 ms for its word;
