@@ -44,6 +44,7 @@ import secrets
 import signal
 import sys
 import time
+import traceback
 import unicodedata
 from collections.abc import Iterator, Sequence
 from configparser import ConfigParser
@@ -76,6 +77,10 @@ unavailable = partial(http.ServiceUnavailable, retry_after=2)
 
 CommaList = BeforeValidator(lambda text: [item.strip() for item in text.split(",") if item.strip()])
 KeyList = BeforeValidator(lambda text: dict(item.strip().rpartition(":")[::2] for item in text.split(",")))
+BaseUrl = Annotated[
+    str, Field(pattern=r"^https?://(\[[0-9a-fA-F:.]+\]|[^\]\[/@:?#\s]+)(:\d{1,5})?([/?]\S*)?$")
+]
+Name = Annotated[str, Field(min_length=1)]
 Key = Annotated[SecretStr, Field(min_length=16)]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/]+)$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -87,7 +92,7 @@ class Settings(BaseModel):
     """The environment variables that awschat reads; an empty one counts as not set."""
 
     OPENAI_API_KEY: SecretStr = SecretStr("")
-    OPENAI_BASE_URL: Annotated[str, Field(pattern="^https?://")] = ""  # of Ollama, vLLM, Azure, ...
+    OPENAI_BASE_URL: BaseUrl = ""  # of Ollama, vLLM, Azure, ...
     OPENAI_MODEL: str = "gpt-4.1-mini"  # answers
     BEDROCK_REGION: str = ""  # Amazon Bedrock answers, with the AWS credentials of this machine
     GUARD_MODEL: str = ""  # judges where the rules are unsure; empty: OPENAI_MODEL
@@ -108,9 +113,7 @@ class Settings(BaseModel):
     PING_SECONDS: Annotated[Seconds, Field(ge=0.1)] = 4  # the silence after which a stream gets a comment
     MAX_STREAMS: Count = 1000  # running turns; more get 503
     POOL_SIZE: Annotated[int, Field(ge=1, le=1000)] = 10  # database connections
-    API_KEYS: Annotated[
-        dict[Annotated[str, Field(min_length=1)], Key], KeyList
-    ] = {}  # name:key,... of the owners
+    API_KEYS: Annotated[dict[Name, Key], KeyList] = {}  # name:key,... of the owners
     CORS_ORIGINS: Annotated[tuple[Origin, ...], CommaList] = ()  # whose pages may call; * for every page
     RATE_PER_MINUTE: Count = 0  # turns that an owner (without keys: an address) may start; 0: any number
     TRUSTED_HOPS: Annotated[int, Field(ge=0, le=10)] = 0  # proxies whose X-Forwarded-For is believed
@@ -169,7 +172,7 @@ class Turn:
     `closed` is set only after the outcome is committed (or could not be, and says so); then all is visible.
     """
 
-    owner: str  # name of the API key
+    owner: str  # name of the API key; everyone without keys
     session_id: str
     number: int  # of its row
     question: str = ""
@@ -443,13 +446,14 @@ async def read_answer(turn: Turn, allowed: asyncio.Event) -> None:
                     await prove(turn)
                     turn.publish()
                 silence.reschedule(now() + decoder.patience())
-                if text and not decoder.finish:
+                if (text or decoder.held) and not decoder.finish:
                     await asyncio.sleep(0 if len(data) >= FULL_READ else FLUSH_SECONDS)
     except PROVIDER_ERRORS:
         if not decoder.finish:
             raise
-    if len(turn.text) < REPLY_CHARS:
-        turn.text += decoder.decode(b"\n")  # the last line may lack its end
+    whole = not decoder.finish or decoder.line.rstrip().endswith((b"}", b"]"))
+    if whole and len(turn.text) < REPLY_CHARS:
+        turn.text = (turn.text + decoder.decode(b"\n"))[:REPLY_CHARS]  # the last line may lack its end
     cut = len(turn.text) >= REPLY_CHARS or decoder.finish in LENGTH_ENDS
     if not cut and decoder.finish not in GOOD_ENDS:
         reason = RuntimeError(f"finish reason {decoder.finish!r}")
@@ -670,8 +674,11 @@ async def call(function: str, *args: object) -> list[asyncpg.Record]:
     """The rows that an SQL function returns. Raises 503 without a database, else what PostgreSQL raises."""
     marks = ", ".join(f"${n}" for n in range(1, len(args) + 1))
     try:
-        async with service.pool.acquire(timeout=10) as connection:
+        connection = await service.pool.acquire(timeout=10)
+        try:
             return await connection.fetch(f"SELECT * FROM {function}({marks})", *args, timeout=3)
+        finally:
+            await service.pool.release(connection, timeout=1)  # a database that hangs would keep us longer
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as failure:
         sqlstate = getattr(failure, "sqlstate", "08")
         if sqlstate == "25006":  # read-only, since a failover: the pool's other connections may be, too
@@ -755,7 +762,10 @@ UNBUFFERED = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "n
 
 class Session(BaseModel):
     session_id: Annotated[str, Field(min_length=1, max_length=128, pattern=STORABLE)]
-    before: Annotated[int, Field(gt=0, le=2**62)] = 2**62  # of a page of messages
+
+
+class Page(Session):
+    before: Annotated[int, Field(gt=0, le=2**62)] = 2**62
     limit: Annotated[int, Field(gt=0, le=200)] = 50
 
 
@@ -775,7 +785,7 @@ async def read_request(model: type[Session] = Session) -> Session:
 @app.before_request
 async def authenticate() -> None:
     """Set g.owner to the name of the request's key; without keys all is everyone's. Raises 401."""
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip().encode()
+    given = request.headers.get("Authorization", "").partition(" ")[2].strip().encode()
     keys = {name: key.get_secret_value().encode() for name, key in settings.API_KEYS.items()}
     owners = [name for name, key in keys.items() if secrets.compare_digest(key, given)]
     if keys and not owners and request.endpoint not in KEYLESS and request.method != "OPTIONS":
@@ -812,7 +822,7 @@ async def post_stop():
 
 @app.get("/chat")
 async def get_chat():
-    asked = await read_request()
+    asked = await read_request(Page)
     [(page,)] = await call("read_messages", g.owner, asked.session_id, asked.before, asked.limit)
     return Response(page, content_type="application/json", headers={"Cache-Control": "no-store"})
 
@@ -831,7 +841,7 @@ async def get_ready():
     missing = ["draining"] if service.ends_at else []
     try:
         await call("check_writable")
-    except http.ServiceUnavailable:
+    except (http.ServiceUnavailable, asyncpg.PostgresError):
         missing.append("database")
     state = {"status": "unready" if missing else "ready", "version": __version__, "demo": service.demo}
     return state | {"missing": missing}, 503 if missing else 200
@@ -915,7 +925,7 @@ def explain(failure: Exception) -> http.HTTPException:
             wait = int(wait) if re.fullmatch("[0-9]{1,3}", wait) else 30
             error = unavailable(text.format(wait), retry_after=wait)
         case _:
-            logging.error("a bug", exc_info=failure)
+            log("a bug", problem=describe(failure), where=traceback.format_tb(failure.__traceback__)[-5:])
             error = http.InternalServerError("Something went wrong here. Please try again.")
     error.__cause__ = failure
     return error
@@ -937,7 +947,7 @@ SECRET = re.compile(r"\w+://\S+|\b(sk|key|bearer)[-_ =]\S+", re.IGNORECASE)
 def log(message: str, **fields: object) -> None:
     """One line on stdout: JSON, or text on a terminal. It is dropped if the pipe is full."""
     fields = {"message": message, "time": round(time.time(), 3)} | fields
-    text = " ".join(f"{name}={value}" for name, value in fields.items())
+    text = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
     try:
         os.write(1, f"{text if sys.stdout.isatty() else json.dumps(fields)}\n".encode())
     except OSError:
@@ -950,6 +960,7 @@ def describe(failure: BaseException) -> str:
         failure = failure.__cause__
     facts = [getattr(failure, name, "") for name in ("status_code", "sqlstate", "code", "type")]
     words = " ".join([type(failure).__name__, *map(str, filter(None, facts)), str(failure)])
+    words = words.replace(settings.OPENAI_API_KEY.get_secret_value() or "\0", "***")
     return SECRET.sub("***", words)[:300].replace("\0", "").encode(errors="replace").decode()
 
 

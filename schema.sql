@@ -270,11 +270,12 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtext('awschat upkeep')) THEN
         RETURN;
     END IF;
+    -- First, because claims lock buckets first, too: no two of us wait for each other.
+    DELETE FROM rate_limits WHERE empty_at < now();
     -- A minute late: the turn of a process that had lost its database may yet renew its lease.
     UPDATE turns SET status = dead.status, error = dead.notice, finished_at = turns.lease_until FROM turns_as_read AS dead
         WHERE turns.status = 'running' AND turns.lease_until < now() - interval '1 minute'
             AND turns.owner = dead.owner AND turns.session_id = dead.session_id AND turns.number = dead.number;
-    DELETE FROM rate_limits WHERE empty_at < now();
     DELETE FROM turns WHERE retention_days > 0 AND (owner, session_id, number) IN (
         SELECT owner, session_id, number FROM turns
         WHERE created_at < now() - make_interval(days => retention_days) AND (status <> 'running' OR lease_until < now())
