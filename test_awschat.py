@@ -2624,12 +2624,30 @@ INJECTION = (
 )
 
 
+def test_a_key_of_any_form_is_kept_out_of_log_and_database(start_service, database):
+    key = "abcd1234efgh5678"
+    service = start_service(OPENAI_API_KEY=key)
+    session = new_session()
+    told = {"fault": "http401", "message": f"Invalid API key: {key}"}
+    assert service.ask(question(**told), session)["status"] == "failed"
+    assert "401" in service.log_turns()[-1]["problem"] and key not in service.stdout
+    service.ask(doubtful(judge_fault="http401", message=told["message"]), session)
+    assert "judge failed" in str(database.turn(session)["verdicts"]) and key not in str(
+        database.turns(session)
+    )
+
+
 def test_a_session_id_cannot_forge_a_line_of_the_log(service):
     session = INJECTION + new_session()
     service.ask(question(), session)
     until(lambda: any(turn["session_id"] == session for turn in service.log_turns()))  # all of it is JSON
     assert len([turn for turn in service.log_turns() if turn["session_id"] == session]) == 1
     assert "\x1b" not in service.stdout
+
+
+def test_fields_that_a_request_does_not_know_are_ignored(service):
+    body = {"message": question(), "session_id": new_session(), "limit": 1000, "before": "x", "model": "y"}
+    assert service.post("/chat", json=body).json()["status"] == "complete"
 
 
 def test_neither_question_nor_answer_can_forge_an_event(service):
