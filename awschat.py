@@ -947,9 +947,10 @@ SECRET = re.compile(r"\w+://\S+|\b(sk|key|bearer)[-_ =]\S+", re.IGNORECASE)
 def log(message: str, **fields: object) -> None:
     """One line on stdout: JSON, or text on a terminal. It is dropped if the pipe is full."""
     fields = {"message": message, "time": round(time.time(), 3)} | fields
-    text = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
+    readable = (f"{name}={json.dumps(value)}" for name, value in fields.items())
+    line = " ".join(readable) if sys.stdout.isatty() else json.dumps(fields)
     try:
-        os.write(1, f"{text if sys.stdout.isatty() else json.dumps(fields)}\n".encode())
+        os.write(1, f"{line}\n".encode())
     except OSError:
         DROPPED.inc()
 
@@ -1050,11 +1051,10 @@ def main(demo: bool = False) -> None:
     """Run the service until it is told to end."""
     if not settings.DATABASE_URL:
         sys.exit("DATABASE_URL is missing. Set it, or run the demo: python demo.py")
-    if not (settings.OPENAI_API_KEY or settings.OPENAI_BASE_URL or settings.BEDROCK_REGION):
+    given = settings.model_fields_set
+    if not given & {"OPENAI_API_KEY", "OPENAI_BASE_URL", "BEDROCK_REGION"}:
         sys.exit("Set OPENAI_API_KEY, OPENAI_BASE_URL or BEDROCK_REGION, or run the demo: python demo.py")
-    if settings.BEDROCK_REGION and (
-        settings.OPENAI_API_KEY or "OPENAI_MODEL" not in settings.model_fields_set
-    ):
+    if "BEDROCK_REGION" in given and ("OPENAI_API_KEY" in given or "OPENAI_MODEL" not in given):
         sys.exit("BEDROCK_REGION works with AWS credentials: unset OPENAI_API_KEY, and set OPENAI_MODEL.")
     if os.name == "posix" and not sys.stdout.isatty():
         os.set_blocking(1, False)  # a full pipe raises, instead of stopping all turns

@@ -37,6 +37,7 @@ import psutil
 import pytest
 
 import awschat
+import fake_openai
 
 HERE = Path(__file__).parent
 TIMEOUT = 60  # seconds that only a broken program needs
@@ -67,9 +68,8 @@ def new_session():
 
 def steered(text, **directives):
     """The text with a directive for the provider, as one word: the guard's rules do not read what it says."""
-    pairs = ", ".join(f"{name}={json.dumps(value)}" for name, value in directives.items())
-    steer = f"#fake({pairs}) {nonce()}"
-    return f"{text} fake0{steer.encode().hex()}"
+    unique = f" {nonce()}".encode().hex()  # more of the same word: no question is asked twice
+    return f"{text} {fake_openai.one_word(**directives)}{unique}"
 
 
 def question(text="How do I make an S3 bucket private? S3, EC2", **directives):
