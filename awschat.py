@@ -501,12 +501,12 @@ class Decoder:
         if value.endswith(b"[DONE]"):
             self.finish = self.finish or "stop"
             return ""
-        event = json.loads(value[5:])
+        event = json.loads(value[5:].decode(errors="surrogatepass"))
         if event.get("error"):
             raise openai.APIError(json.dumps(event["error"]), httpx2.Request("POST", ""), body=event["error"])
-        usage = event.get("usage") or {}
-        counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-        self.usage |= {name: n for name, n in counts.items() if type(n) is int and 0 <= n < 2**31}
+        for name, count in (event.get("usage") or {}).items():
+            if name in ("prompt_tokens", "completion_tokens") and type(count) is int and 0 <= count < 2**31:
+                self.usage[name] = count
         # The first choice; its index is 0 or missing.
         choice = next((choice for choice in event.get("choices") or () if not choice.get("index")), {})
         self.finish = (choice.get("finish_reason") or self.finish).lower()
@@ -567,8 +567,8 @@ def load_terms(path: Path) -> tuple[dict[str, str], str]:
 
 
 TERMS, SHAPES = load_terms(settings.AWS_TERMS_FILE)
-TOKEN = re.compile(f"(?P<shape>{SHAPES})|{WORD}")
-MOST_WORDS = {t.split()[0]: t.count(" ") + 1 for t in sorted(TERMS, key=lambda term: term.count(" "))}
+TOKEN = re.compile(rf"(?=\w)(?P<shape>{SHAPES})|{WORD}")
+MOST_WORDS = {tuple(t[:2]): len(t) for t in sorted(map(str.split, TERMS), key=len)}  # by the first two words
 
 
 def find_terms(text: str, offset: int = 0) -> Iterator[tuple[str, str, int, int]]:
@@ -577,7 +577,7 @@ def find_terms(text: str, offset: int = 0) -> Iterator[tuple[str, str, int, int]
     words = ["<shape>" if token.lastgroup else token.group() for token in tokens]
     at = 0
     while at < len(words):
-        size = min(MOST_WORDS.get(words[at], 1), len(words) - at)
+        size = min(MOST_WORDS.get(tuple(words[at : at + 2]), 1), len(words) - at)
         while size > 1 and " ".join(words[at : at + size]) not in TERMS:
             size -= 1
         term = " ".join(words[at : at + size])
@@ -756,8 +756,8 @@ POLICY = "default-src 'none'; connect-src 'self'; img-src 'self' data:; script-s
 POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 HEADERS |= {"X-Content-Type-Options": "nosniff"}
-STORABLE = r"^[^\x00]*$"  # PostgreSQL can hold no NUL
 UNBUFFERED = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}  # by proxies
+STORABLE = r"^[^\x00]*$"  # PostgreSQL can hold no NUL
 
 
 class Session(BaseModel):
@@ -1014,7 +1014,7 @@ async def drained() -> None:
     address = f"http://{settings.HOST}:{settings.PORT}"
     log("serving", address=address, version=__version__, demo=service.demo, API_KEYS=keys)
     while not service.ends_at or RUNNING or service.claims:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
         if service.ends_at and clock() > service.ends_at:
             for turn in list(RUNNING.values()):
                 turn.stop()
