@@ -9,6 +9,8 @@ end to end. Two settings come from a profile: the aiohttp transport, and no time
     DATABASE_URL=postgresql://... OPENAI_BASE_URL=http://127.0.0.1:9000/v1 OPENAI_API_KEY=x PORT=8001 \\
         python bench/peer_langgraph.py
 
+Without DATABASE_URL it stores nothing, and a turn knows only its own question: what the packages alone cost.
+
 It does what the service does for an ordinary turn (guard, history, generation, review, persistence, one log
 line, metrics) with the same wire events. It does not stop, resume, deduplicate or survive a crash, and
 sends no heartbeat.
@@ -76,17 +78,16 @@ class Message(Base):
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=func.now())
 
 
-engine = create_async_engine(
-    os.environ["DATABASE_URL"].replace("postgresql://", "postgresql+asyncpg://", 1),
-    pool_size=int(os.environ.get("POOL_SIZE", "20")),
-    max_overflow=0,
-    pool_timeout=30,
-)
+DATABASE_URL = os.environ.get("DATABASE_URL", "").replace("postgresql://", "postgresql+asyncpg://", 1)
+POOL = {"pool_size": int(os.environ.get("POOL_SIZE", "20")), "max_overflow": 0, "pool_timeout": 30}
+engine = create_async_engine(DATABASE_URL, **POOL) if DATABASE_URL else None
 Session = async_sessionmaker(engine, expire_on_commit=False)
 
 
 async def open_turn(session_id: str, question: str) -> list[AnyMessage]:
     """Save the question -> what the model gets to see: earlier messages, oldest first, and the question."""
+    if engine is None:
+        return [HumanMessage(question)]
     newest = (
         select(Message.role, Message.content)
         .where(Message.session_id == session_id)
@@ -103,6 +104,8 @@ async def open_turn(session_id: str, question: str) -> list[AnyMessage]:
 
 async def save_reply(session_id: str, reply: str) -> None:
     """Save the assistant's message."""
+    if engine is None:
+        return
     async with Session() as session:
         session.add(Message(session_id=session_id, role="assistant", content=reply))
         await session.commit()
@@ -284,11 +287,13 @@ async def run_turn(request: ChatRequest) -> AsyncIterator[str]:
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Create the table at start-up, close the pools at the end."""
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    if engine is not None:
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
     yield
     await http_client.aclose()
-    await engine.dispose()
+    if engine is not None:
+        await engine.dispose()
 
 
 app = FastAPI(title="AWS chat (the benchmark's peer)", lifespan=lifespan)

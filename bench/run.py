@@ -1,8 +1,9 @@
 """Measures the service beside its peer and its limit, in one run on one machine; prints one Markdown table.
 
-    python bench/run.py                          three rounds of about 6 minutes
+    python bench/run.py                          three rounds of about 14 minutes
     python bench/run.py --quick                  one round without the 1,000 streams
-    python bench/run.py --only service,nginx     some of: service, peer, nginx, alone
+    python bench/run.py --paced --rounds 1       only CPU a token, at the load that keeps no system busy
+    python bench/run.py --only service,nginx     some of: service, peer, bare, nginx, alone
     python bench/run.py --svg bench/bench.svg    also draws it
 
 How each figure is made is in bench/README.md. The script makes the virtual environments bench/.venv-service
@@ -13,6 +14,7 @@ requirements-dev.txt itself (for the embedded PostgreSQL) and nginx. It ends eve
 import argparse
 import ast
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -40,10 +42,19 @@ from common import (
     wait_healthy,
 )
 
-FIRST, INTERVAL, TOKENS = 0.03, 0.03, 100
+SPEEDS, LENGTHS = (33, 100, 300), (100, 400)  # the provider's tokens a second, and tokens an answer
+PACE = 1000  # tokens a second in all, of a load that keeps no system busy; so many seconds of it:
+PACED_SECONDS = 16
+FIRST, INTERVAL, TOKENS = 0.03, 0.03, 100  # of the crowds
 PROVIDER_SECONDS = FIRST + (TOKENS - 1) * INTERVAL  # to the last token, if nothing slows it: 3.0
 SHORT = 5  # tokens an answer when streams run one by one
-NAMES = {"service": "awschat", "peer": "LangGraph peer", "nginx": "nginx", "alone": "provider alone"}
+NAMES = {
+    "service": "awschat",
+    "peer": "LangGraph peer",
+    "bare": "peer without database",
+    "nginx": "nginx",
+    "alone": "provider alone",
+}
 
 # ---- The systems ----
 
@@ -53,15 +64,18 @@ class Bench:
 
     def __init__(self, args, database, scratch):
         self.scratch = Path(scratch)
-        self.python = {"service": args.service_python, "peer": args.peer_python}
         self.script = {"service": ROOT / "awschat.py", "peer": BENCH / "peer_langgraph.py"}
-        self.requirements = {"service": ROOT / "requirements.txt", "peer": BENCH / "requirements-peer.txt"}
-        self.database = {}
-        for name in set(args.only) & {"service", "peer"}:
-            self.python[name] = self.python[name] or make_venv(
-                BENCH / f".venv-{name}", self.requirements[name]
-            )
-            self.database[name] = database(name)
+        self.script["bare"] = self.script["peer"]
+        self.python, self.database = {}, {}
+        if "service" in args.only:
+            requirements = ROOT / "requirements.txt"
+            self.python["service"] = args.service_python or make_venv(BENCH / ".venv-service", requirements)
+            self.database["service"] = database("service")
+        if {"peer", "bare"} & set(args.only):
+            requirements = BENCH / "requirements-peer.txt"
+            self.python["peer"] = args.peer_python or make_venv(BENCH / ".venv-peer", requirements)
+            self.python["bare"] = self.python["peer"]
+            self.database |= {"peer": database("peer"), "bare": ""}
 
     @contextmanager
     def start(self, name, provider_process, provider_url):
@@ -141,6 +155,26 @@ def note(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def paced(bench, name):
+    """CPU a provider's token at each speed and length, at a load that keeps nobody busy."""
+    figures = {"busy": 0}
+    for speed, tokens in itertools.product(SPEEDS, LENGTHS):
+        with (
+            provider(FIRST, 1 / speed, tokens) as fake,
+            bench.start(name, *fake) as (process, options, seconds),
+        ):
+            load(**options, streams=5)
+            before, began = process.cpu(), time.monotonic()
+            result = load(**options, streams=PACE * PACED_SECONDS // tokens, over=PACED_SECONDS)
+            used = process.cpu() - before
+            key = f"{tokens}_{speed}"
+            figures[f"cpu_{key}"] = 1e6 * used / max(1, result["ok"] * tokens)
+            figures["busy"] = max(figures["busy"], 100 * used / (time.monotonic() - began))
+            figures |= failures(f"paced_{key}", result) | {"start": seconds}
+            note(f"  {tokens} tokens at {speed} a second: {figures[f'cpu_{key}']:.1f} µs a token")
+    return figures
+
+
 def one_by_one(bench, name, streams):
     """First tokens with one stream at a time, on a server that was just started (which is timed as well)."""
     with provider(FIRST, INTERVAL, SHORT) as fake, bench.start(name, *fake) as (_, options, seconds):
@@ -209,10 +243,15 @@ def measure(bench, args):
     for number in range(args.rounds):
         for name in args.only:
             note(f"round {number + 1} of {args.rounds}: {name}")
-            rounds[name].append(one_by_one(bench, name, 20 if args.quick else 40))
             if name != "alone":
+                rounds[name].append(paced(bench, name))
+            if args.paced:
+                continue
+            if name != "bare":  # the rest with its database, as the service
+                rounds[name].append(one_by_one(bench, name, 20))
+                rounds[name].append(crowds(bench, name, not args.quick))
+            if name not in ("alone", "bare"):
                 rounds[name].append(memory(bench, name))
-            rounds[name].append(crowds(bench, name, not args.quick))
     return {name: combined(seen) for name, seen in rounds.items()}
 
 
@@ -276,7 +315,12 @@ def code_lines(source):
 # ---- Reporting ----
 
 ROWS = [  # what it is, format, keys
-    ("CPU a streamed token, 400 streams (µs)", "{:.1f}", ["cpu"]),
+    *(
+        (f"CPU a token, {tokens} tokens at {speed} a second (µs)", "{:.1f}", [f"cpu_{tokens}_{speed}"])
+        for tokens, speed in itertools.product(LENGTHS, SPEEDS)
+    ),
+    ("CPU in use at that load, at most (% of a core)", "{:.0f}", ["busy"]),
+    ("CPU a token, 400 streams of 100 tokens at 33 a second (µs)", "{:.1f}", ["cpu"]),
     ("First token behind the provider's, 1 stream, p50 / p99 (ms)", "{:.1f}", ["first_1_p50", "first_1_p99"]),
     ("… 1 stream, p50, less the same of the provider alone", "{:.1f}", ["behind"]),
     ("… 100 streams over 3 s", "{:.1f}", ["first_100_p50", "first_100_p99"]),
@@ -297,19 +341,25 @@ ROWS = [  # what it is, format, keys
 ]
 
 CHECKS = [  # what must hold, figure, of whom (None: by itself), at most
-    ("CPU a token, of the peer's", "cpu", "peer", 1 / 5),
-    ("CPU a token, of nginx's", "cpu", "nginx", 4),
+    ("CPU a token, 400 tokens at 33 a second, of the bare peer's", "cpu_400_33", "bare", 1 / 4),
+    ("... at 100 a second", "cpu_400_100", "bare", 1 / 6),
+    ("... at 300 a second", "cpu_400_300", "bare", 1 / 8),
+    ("CPU a token, 100 tokens at 33 a second, of the bare peer's", "cpu_100_33", "bare", 1 / 3.5),
+    ("... at 100 a second", "cpu_100_100", "bare", 1 / 4.5),
+    ("... at 300 a second", "cpu_100_300", "bare", 1 / 4.5),
+    ("CPU a token, 400 tokens at 33 a second, of nginx's", "cpu_400_33", "nginx", 6),
+    ("... at 100 a second", "cpu_400_100", "nginx", 4.5),
+    ("... at 300 a second", "cpu_400_300", "nginx", 3.5),
+    ("stretch p99, 400 streams at one instant, of the peer's", "stretch_instant_p99", "peer", 0.25),
     ("stretch p99, 400 streams over 3 s", "stretch_p99", None, 1.15),
-    ("stretch p99, 400 streams at one instant", "stretch_instant_p99", None, 1.4),
     ("failures, 400 streams over 3 s", "failed_400", None, 0),
     ("failures, 400 streams at one instant", "failed_400_instant", None, 0),
     ("failures, 1,000 streams", "failed_1000", None, 0),
     ("streams of 1,000 that never got a token", "no_progress", None, 0),
-    ("first token p50, 1 stream, behind the provider alone (ms)", "behind", None, 5),
-    ("memory a stream, 400 open at once (KiB)", "memory", None, 80),
-    ("memory a stream, 400 over 3 s (KiB)", "memory_busy", None, 80),
+    ("first token p50, 1 stream, behind the provider alone (ms)", "behind", None, 12),
+    ("memory a stream, 400 open at once (KiB)", "memory", None, 90),
     ("memory a stream, 400 open at once, of the peer's", "memory", "peer", 1 / 4),
-    ("import to first /health, of the peer's", "import", "peer", 1 / 2),
+    ("process start to first /health, of the peer's", "start", "peer", 1 / 2),
 ]
 
 
@@ -353,6 +403,7 @@ def arguments():
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(NAMES))
     parser.add_argument("--rounds", type=int, help="default 3, with --quick 1")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--paced", action="store_true", help="CPU a token only")
     parser.add_argument("--svg", type=Path, help="draw the result into this file")
     parser.add_argument("--service-python", help="an interpreter with requirements.txt (default: own venv)")
     parser.add_argument("--peer-python", help="an interpreter with requirements-peer.txt (default: own venv)")
@@ -370,15 +421,16 @@ def main():
         bench = Bench(args, database, scratch)
         for name in bench.database:  # makes the tables and the bytecode, so that no timed start has to
             with provider() as fake, bench.start(name, *fake):
-                pass
+                note(f"{NAMES[name]} has started once")
         figures = measure(bench, args)
         for name, seen in figures.items():
             seen |= static_figures(bench, name)
             if "interpreter" in seen:
                 seen["import"] = seen["start"] - seen["interpreter"]
             # What shows without a server between is the rig's: connecting, timers of a millisecond.
-            seen["behind"] = seen["first_1_p50"] - figures.get("alone", {}).get("first_1_p50", 0)
-        urls = list(bench.database.values())[:1]
+            if "first_1_p50" in seen:
+                seen["behind"] = seen["first_1_p50"] - figures.get("alone", {}).get("first_1_p50", 0)
+        urls = list(filter(None, bench.database.values()))[:1]
         version = [f"PostgreSQL {execute(url, 'SHOW server_version')[0][0]}" for url in urls]
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     command = " ".join(["python bench/run.py", *sys.argv[1:]])
