@@ -222,7 +222,8 @@ class Process:
 
     def __init__(self, *arguments, stdout=None, **env):
         ours = awschat.Settings.model_fields
-        settings = {name: value for name, value in os.environ.items() if name not in ours}
+        names = [name for name in os.environ if name not in ours and not name.startswith("AWS_")]
+        settings = {name: os.environ[name] for name in names}
         self.folder = Path(tempfile.mkdtemp(prefix="awschat-test-"))
         with open(self.folder / "out", "wb") as out, open(self.folder / "err", "wb") as err:
             self.popen = subprocess.Popen(

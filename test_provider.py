@@ -1,17 +1,35 @@
-"""Tests of the stand-in provider: what its demo says, and what each dialect and fault puts on the wire."""
+"""Tests of the provider's side: the stand-in provider, and the signatures that Amazon Bedrock wants.
+
+What the stand-in's demo says, and what each of its dialects and faults puts on the wire. Then the service,
+with the AWS credentials of a task or a machine, against a stand-in for Bedrock that checks every signature.
+"""
 
 import ast
 import contextlib
+import functools
+import hashlib
+import http.server
 import json
+import os
 import re
+import secrets
 import socket
+import threading
 import time
 import urllib.request
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx2
 import pytest
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 
+import awschat
 import fake_openai
+from conftest import doubtful, new_session, question, until
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +149,172 @@ def verdict(port, *data):
     client = Client(port)
     client.send(asking(data_of(*data), stream=False))
     return client.json()[1]["choices"][0]["message"]["content"]
+
+
+class Aws(http.server.ThreadingHTTPServer):
+    """A stand-in for AWS in us-east-1: Bedrock, and the address where a task gets its role's credentials.
+
+    Bedrock answers what is signed with credentials that it knows, and 403 to everything else.
+    """
+
+    daemon_threads = True
+    request_queue_size = 100
+    text = fake_openai.on_scope(160)  # which the rules prove: no judge is asked about it
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), AwsHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.valid = {}  # credentials by their access key
+        self.authorizations = []  # the headers of this name
+        self.calls = []  # (kind, access key, why it was refused or ""), in the order of their arrival
+        self.hang_ups = 0  # so many requests are read, and their connections closed without an answer
+        self.role_token = secrets.token_hex(16)  # what the address of the role wants to see
+        self.role_seconds = 3600  # how long a role's credentials are good
+        self.issued = []  # the access keys that the role got
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+    def new_credentials(self):
+        """Temporary credentials that are valid from now on."""
+        key = f"ASIA{secrets.token_hex(8).upper()}"
+        self.valid[key] = Credentials(
+            key, f"secret/{secrets.token_hex(18)}", f"token/{secrets.token_hex(99)}="
+        )
+        return self.valid[key]
+
+    def issue(self):
+        """The role's next credentials, in the form of the task's metadata."""
+        credentials = self.new_credentials()
+        self.issued.append(credentials.access_key)
+        expires = datetime.now(UTC) + timedelta(seconds=self.role_seconds)
+        return {
+            "AccessKeyId": credentials.access_key,
+            "SecretAccessKey": credentials.secret_key,
+            "Token": credentials.token,
+            "Expiration": expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+
+    def expire(self):
+        """From now on no credentials are valid that were valid before."""
+        self.valid.clear()
+
+    def kinds(self):
+        """The kinds of the calls, generate or judge, in alphabetical order; none of them was refused."""
+        assert not [call for call in self.calls if call[2]], self.calls
+        return sorted(kind for kind, _, _ in self.calls)
+
+
+class AwsHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept
+
+    def do_GET(self):
+        if self.path == "/role" and self.headers["Authorization"] == self.server.role_token:
+            self.answer(200, self.server.issue())
+        else:
+            self.answer(401, {"message": "no"})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        key, refusal = examine(self.server.valid, self.command, self.path, headers, body)
+        asked = json.loads(body)
+        self.server.authorizations.append(headers.get("authorization", ""))
+        self.server.calls.append(("generate" if asked.get("stream") else "judge", key, refusal))
+        if self.server.hang_ups:
+            self.server.hang_ups -= 1
+            self.close_connection = True
+        elif refusal:
+            self.answer(403, {"message": refusal})
+        elif asked.get("stream"):
+            pieces = [{"content": self.server.text[:80]}, {"content": self.server.text[80:]}]
+            choices = [{"index": 0, "delta": piece, "finish_reason": None} for piece in pieces]
+            choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
+            events = [f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices]
+            self.answer(200, "".join([*events, "data: [DONE]\n\n"]), "text/event-stream")
+        else:
+            self.answer(200, {"choices": [{"message": {"role": "assistant", "content": "ALLOW"}}]})
+
+    def answer(self, status, content, kind="application/json"):
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        """Say nothing on stderr."""
+
+
+def examine(valid, method, target, headers, body, service="bedrock-mantle", region="us-east-1"):
+    """The access key of a request, and why AWS would refuse it, or "". Header names are in lower case.
+
+    The signature is computed again, with botocore, from what has come: method, path, query, headers, body.
+    """
+    form = r"AWS4-HMAC-SHA256 Credential=(\w+)/([\w/-]+), SignedHeaders=([\w;-]+), Signature=([0-9a-f]{64})"
+    found = re.fullmatch(form, headers.get("authorization", ""))
+    if not found:
+        return "", "Missing Authentication Token"
+    key, scope, names, signature = found.groups()
+    if key not in valid:
+        return key, "The security token included in the request is expired"
+    if headers.get("x-amz-security-token") != valid[key].token:
+        return key, "The security token included in the request is invalid."
+    missing = {"host", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token"} - {*names.split(";")}
+    if missing:
+        return key, f"'{missing}' must be signed"
+    signed = {name: headers.get(name, "") for name in names.split(";")}
+    signed["x-amz-content-sha256"] = hashlib.sha256(body).hexdigest()
+    request = AWSRequest(method, f"http://{headers['host']}{target}", signed, body)
+    request.context["timestamp"] = headers["x-amz-date"]
+    auth = SigV4Auth(valid[key], service, region)
+    if scope != auth.credential_scope(request):
+        return key, f"Credential should be scoped to '{auth.credential_scope(request)}', not to '{scope}'."
+    canonical = auth.canonical_request(request)
+    if signature != auth.signature(auth.string_to_sign(request, canonical), request):
+        return key, (  # AWS, too, answers with all that it has got
+            "The request signature we calculated does not match the signature you provided. Check your AWS "
+            "Secret Access Key and signing method. Consult the service documentation for details.\n\n"
+            f"The Canonical String for this request should have been\n'{canonical}'"
+        )
+    return key, ""
+
+
+@pytest.fixture
+def aws():
+    with closing(Aws()) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def start_on_bedrock(start_service, aws, tmp_path):
+    """Starts a service on the stand-in for Bedrock. Of credentials it finds those that a test gives it."""
+    nowhere = {"HOME": tmp_path, "BOTO_CONFIG": os.devnull, "AWS_EC2_METADATA_DISABLED": "true"}
+    bedrock = {"BEDROCK_REGION": "us-east-1", "OPENAI_MODEL": "openai.gpt-oss-120b"}
+    return functools.partial(start_service, OPENAI_BASE_URL=f"{aws.url}/v1", **bedrock, **nowhere)
+
+
+def in_environment(credentials):
+    """The variables that hand credentials to a process."""
+    return {
+        "AWS_ACCESS_KEY_ID": credentials.access_key,
+        "AWS_SECRET_ACCESS_KEY": credentials.secret_key,
+        "AWS_SESSION_TOKEN": credentials.token,
+    }
+
+
+def in_file(credentials):
+    """The lines of a credentials file."""
+    return [f"{name.lower()} = {value}" for name, value in in_environment(credentials).items()]
+
+
+def of_role(aws):
+    """The variables that tell a process in a task or a container where it gets its role's credentials."""
+    uri = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{aws.url}/role"}
+    return uri | {"AWS_CONTAINER_AUTHORIZATION_TOKEN": aws.role_token}
 
 
 # ---- The demo ----
@@ -506,3 +690,179 @@ def test_an_option_that_does_not_exist_is_an_error_of_the_caller():
 
 def test_demo_py_parses_on_old_versions_of_python_so_that_it_can_say_that_they_are_too_old():
     ast.parse(Path(__file__).with_name("demo.py").read_text(), feature_version=(3, 7))
+
+
+# ---- Amazon Bedrock: the service signs what it asks ----
+
+CHANGES = {  # what changes between signing and arrival, and a word of the answer
+    "nothing": ({}, ""),
+    "a byte of the body": ({"body": b'{"stream": tru3}'}, "calculated"),
+    "the secret": ({"secret": "another"}, "calculated"),
+    "the session token": ({"token": "another"}, "token"),
+    "no session token": ({"token": None}, "token"),
+    "the access key": ({"key": "ASIAANOTHER"}, "expired"),
+    "the region": ({"region": "eu-west-1"}, "scoped"),
+    "the service": ({"service": "bedrock"}, "scoped"),
+    "the path": ({"target": "/v1/completions"}, "calculated"),
+    "the query": ({"target": "/v1/chat/completions?a=b"}, "calculated"),
+    "the method": ({"method": "PUT"}, "calculated"),
+    "a header": ({"headers": {"content-type": "text/plain"}}, "calculated"),
+    "the date": ({"headers": {"x-amz-date": "20200101T000000Z"}}, "scoped"),
+    "no signature": ({"headers": {"authorization": "Bearer none"}}, "Missing"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_stand_in_for_bedrock_refuses_what_is_not_signed_as_it_must_be(change):
+    came = {"key": "ASIAEXAMPLE", "secret": "secret", "token": "token", "region": "us-east-1"}
+    came |= {"service": "bedrock-mantle", "method": "POST", "target": "/v1/chat/completions"}
+    came |= {"headers": {}, "body": b'{"stream": true}'} | CHANGES[change][0]
+    url, body = "http://127.0.0.1:1/v1/chat/completions", b'{"stream": true}'
+    headers = {"Host": "127.0.0.1:1", "Content-Type": "application/json"}
+    headers["X-Amz-Content-SHA256"] = hashlib.sha256(body).hexdigest()
+    request = AWSRequest("POST", url, headers, body)
+    credentials = Credentials(came["key"], came["secret"], came["token"])
+    SigV4Auth(credentials, came["service"], came["region"]).add_auth(request)
+    headers = {name.lower(): value for name, value in request.headers.items()} | came["headers"]
+    valid = {"ASIAEXAMPLE": Credentials("ASIAEXAMPLE", "secret", "token")}
+    key, refusal = examine(valid, came["method"], came["target"], headers, came["body"])
+    assert CHANGES[change][1] in refusal and bool(CHANGES[change][1]) == bool(refusal)
+
+
+def test_bedrock_answers_with_credentials_from_the_environment(start_on_bedrock, aws):
+    service = start_on_bedrock(**in_environment(aws.new_credentials()))
+    event = service.ask(question())
+    assert event == {"type": "end", "content": aws.text, "status": "complete"}
+    assert aws.kinds() == ["generate"]
+
+
+def test_bedrock_answers_with_the_credentials_of_a_profile(start_on_bedrock, aws, tmp_path):
+    credentials, other = aws.new_credentials(), aws.new_credentials()
+    lines = ["[default]", *in_file(other), "[team]", *in_file(credentials)]
+    (tmp_path / "credentials").write_text("\n".join(lines))
+    (tmp_path / "config").write_text("[profile team]\nregion = eu-west-1\n")  # BEDROCK_REGION counts
+    files = {"AWS_SHARED_CREDENTIALS_FILE": tmp_path / "credentials", "AWS_CONFIG_FILE": tmp_path / "config"}
+    service = start_on_bedrock(AWS_PROFILE="team", **files)
+    assert service.ask(question())["status"] == "complete"
+    assert aws.calls == [("generate", credentials.access_key, "")]
+
+
+def test_bedrock_answers_with_the_role_of_a_task(start_on_bedrock, aws):
+    service = start_on_bedrock(**of_role(aws))
+    for _ in range(3):
+        assert service.ask(question())["status"] == "complete"
+    assert [("generate", key, "") for key in aws.issued] * 3 == aws.calls, "credentials of an hour are kept"
+
+
+def test_a_role_whose_credentials_expire_is_asked_for_fresh_ones(start_on_bedrock, aws):
+    aws.role_seconds = 3
+    service = start_on_bedrock(**of_role(aws))
+    session = new_session()
+    assert service.ask(question(), session)["status"] == "complete"
+    [(_, first, _)] = aws.calls
+    gone = time.monotonic() + aws.role_seconds + 1  # when all that was issued so far has expired
+    until(lambda: time.monotonic() > gone)
+    aws.expire()
+    assert service.ask(question(), session)["status"] == "complete"
+    assert aws.kinds() == ["generate"] * 2
+    assert first in aws.issued and aws.calls[1][1] in aws.issued and aws.calls[1][1] != first
+
+
+def test_the_first_turns_of_a_process_may_come_all_at_once(start_on_bedrock, aws):
+    service = start_on_bedrock(**of_role(aws))
+    streams = [service.open(question()) for _ in range(30)]
+    assert {stream.rest()[-1]["status"] for stream in streams} == {"complete"}
+    assert aws.kinds() == ["generate"] * 30
+
+
+def test_what_the_judge_is_asked_is_signed_too(start_on_bedrock, aws):
+    service = start_on_bedrock(**in_environment(aws.new_credentials()))
+    stream = service.open(doubtful())
+    assert stream.rest()[-1]["status"] == "complete"
+    assert aws.kinds() == ["generate", "judge"]
+    [line] = until(service.log_turns)
+    assert ["allow", "the judge's word", "question"] in line["verdicts"]
+
+
+def test_the_second_try_over_a_new_connection_is_signed_too(start_on_bedrock, aws):
+    service = start_on_bedrock(**of_role(aws))
+    assert service.ask(question())["status"] == "complete"
+    aws.hang_ups = 1
+    assert service.ask(question())["status"] == "complete"
+    assert aws.kinds() == ["generate"] * 3
+
+
+MANTLE = "https://bedrock-mantle.us-east-1.api.aws"
+RUNTIME = "https://bedrock-runtime.us-east-1.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    ("base_url", "address", "scope"),
+    [
+        ("", f"{MANTLE}/openai/v1/chat/completions", "bedrock-mantle"),
+        (f"{MANTLE}/v1", f"{MANTLE}/v1/chat/completions", "bedrock-mantle"),
+        (f"{RUNTIME}/openai/v1", f"{RUNTIME}/openai/v1/chat/completions", "bedrock"),
+    ],
+)
+async def test_each_endpoint_of_bedrock_gets_the_address_and_the_scope_that_it_wants(
+    monkeypatch, tmp_path, base_url, address, scope
+):
+    """Only here the service does not run and nothing is sent: the real addresses are not on this machine."""
+    credentials = Credentials("ASIAEXAMPLE", "secret", "token")
+    files = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in (in_environment(credentials) | dict.fromkeys(files, tmp_path / "none")).items():
+        monkeypatch.setenv(name, str(value))
+    changes = {"BEDROCK_REGION": "us-east-1", "OPENAI_BASE_URL": base_url}
+    monkeypatch.setattr(awschat, "settings", awschat.settings.model_copy(update=changes))
+    seen = []
+
+    def see(request):
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        valid, target = {"ASIAEXAMPLE": credentials}, request.url.raw_path.decode()
+        refusal = examine(valid, request.method, target, headers, request.content, service=scope)[1]
+        seen.append((str(request.url), refusal))
+        return httpx2.Response(200, json={})
+
+    async with (
+        awschat.open_provider(keep_seconds=0) as provider,
+        httpx2.AsyncClient(transport=httpx2.MockTransport(see)) as client,
+    ):
+        observed = provider.with_options(http_client=client)
+        await observed.post("/chat/completions", body={"model": "m"}, cast_to=object)
+    assert seen == [(address, "")]
+
+
+NONE = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_SESSION_TOKEN": ""}
+WRONG = {  # what differs in the environment, what people are told, what the log says
+    "another secret": (
+        {"AWS_SECRET_ACCESS_KEY": "secret/wrong"},
+        "operator",
+        "PermissionDenied.* 403 .*match",
+    ),
+    "another token": ({"AWS_SESSION_TOKEN": "token/wrong"}, "operator", "PermissionDenied.* 403 .*invalid"),
+    "no credentials": (NONE, "try again", "Could not find credentials for Bedrock"),
+    "an unknown profile": (NONE | {"AWS_PROFILE": "nobody"}, "try again", "ProfileNotFound .*nobody"),
+    "a role without its token": (NONE, "try again", "CredentialRetrievalError .*container-role.* 401 "),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_credentials_end_in_a_text_that_helps_and_in_one_line_that_reveals_nothing(
+    start_on_bedrock, aws, wrong
+):
+    differs, told, logged = WRONG[wrong]
+    given = in_environment(aws.new_credentials()) | differs
+    if "role" in wrong:
+        given |= of_role(aws) | {"AWS_CONTAINER_AUTHORIZATION_TOKEN": "token/wrong"}
+    service = start_on_bedrock(**given)
+    stream = service.open(question())
+    event = stream.rest()[-1]
+    assert event["type"] == "error" and re.search(told, event["content"])
+    [line] = until(service.log_turns)
+    assert re.search(logged, line["problem"], re.DOTALL)
+    assert {line["message"] for line in map(json.loads, service.stdout.splitlines())} == {"serving", "turn"}
+    shown = service.stdout + service.stderr + stream.raw.decode()
+    secrets_of_this = ("secret/", "token/", *re.findall("Signature=([0-9a-f]+)", str(aws.authorizations)))
+    assert service.stderr == "" and not [secret for secret in secrets_of_this if secret in shown]
