@@ -94,7 +94,7 @@ class Settings(BaseModel):
     OPENAI_API_KEY: SecretStr = SecretStr("")
     OPENAI_BASE_URL: BaseUrl = ""  # of Ollama, vLLM, Azure, ...
     OPENAI_MODEL: str = "gpt-4.1-mini"  # answers
-    BEDROCK_REGION: str = ""  # Amazon Bedrock answers, with the AWS credentials of this machine
+    BEDROCK_REGION: Annotated[str, Field(pattern=r"^[a-z]+(-[a-z0-9]+)+-\d+$")] = ""  # Amazon Bedrock answers
     GUARD_MODEL: str = ""  # judges where the rules are unsure; empty: OPENAI_MODEL
     MODEL_OPTIONS: Json[dict] = {}  # JSON merged into every request to the provider; null removes a key
     DATABASE_URL: Annotated[str, Field(pattern=rf"^postgres(ql)?://([^/@?#]*@)?{HOSTS}([/?][^#@]*)?$")] = ""
@@ -899,7 +899,7 @@ app = cors(app, allow_origin=settings.CORS_ORIGINS, expose_headers=("Retry-After
 # What a provider's error, as "status description", means for people: the first pattern that fits.
 PROVIDER_ERROR_TEXTS = {
     "context.?(length|window|size)|too long|max_length": "That is too long for the model. Please shorten it.",
-    "quota|billing|^(3|40[0-7]|41|42[0-8])": "The provider refuses us. Please tell the operator.",
+    "quota|billing|credential|^(3|40[0-7]|41|42[0-8])": "The provider refuses us. Please tell the operator.",
     "^429|rate.?limit": "The model provider is busy. Please try again in {} s.",
     "": "The model provider has a problem, or takes too long. Please try again soon.",
 }
@@ -941,7 +941,7 @@ TOKENS = prometheus.Counter("awschat_tokens", "Tokens as the provider counted th
 SECONDS = prometheus.Histogram("awschat_seconds", "Of a turn", ["to"], buckets=(0.1, 0.3, 1, 3, 10, 30, 100))
 DROPPED = prometheus.Counter("awschat_log_lines_dropped", "Log lines that nobody read in time")
 prometheus.Gauge("awschat_running", "Running turns").set_function(lambda: len(RUNNING))
-SECRET = re.compile(r"\w+://\S+|\b(sk|key|bearer)[-_ =]\S+", re.IGNORECASE)
+SECRET = re.compile(r"\w+://\S+|\b(sk|key|bearer)[-_ =]\S+|(token|signature)['\"]?[:=]\s*\S+", re.IGNORECASE)
 
 
 def log(message: str, **fields: object) -> None:

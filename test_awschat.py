@@ -120,6 +120,7 @@ BAD_SETTINGS = {
     "POOL_SIZE": "0",
     "OPENAI_BASE_URL": "not an address",
     "CORS_ORIGINS": "chat.example.com",
+    "BEDROCK_REGION": "Virginia",
 }
 
 

@@ -167,6 +167,7 @@ class Aws(http.server.ThreadingHTTPServer):
         self.valid = {}  # credentials by their access key
         self.authorizations = []  # the headers of this name
         self.calls = []  # (kind, access key, why it was refused or ""), in the order of their arrival
+        self.repeats = False  # a refusal begins with the headers that Bedrock got
         self.hang_ups = 0  # so many requests are read, and their connections closed without an answer
         self.role_token = secrets.token_hex(16)  # what the address of the role wants to see
         self.role_seconds = 3600  # how long a role's credentials are good
@@ -227,7 +228,8 @@ class AwsHandler(http.server.BaseHTTPRequestHandler):
             self.server.hang_ups -= 1
             self.close_connection = True
         elif refusal:
-            self.answer(403, {"message": refusal})
+            got = {name: headers.get(name) for name in ("x-amz-security-token", "authorization")}
+            self.answer(403, {"message": f"{got} {refusal}" if self.server.repeats else refusal})
         elif asked.get("stream"):
             pieces = [{"content": self.server.text[:80]}, {"content": self.server.text[80:]}]
             choices = [{"index": 0, "delta": piece, "finish_reason": None} for piece in pieces]
@@ -842,9 +844,14 @@ WRONG = {  # what differs in the environment, what people are told, what the log
         "PermissionDenied.* 403 .*match",
     ),
     "another token": ({"AWS_SESSION_TOKEN": "token/wrong"}, "operator", "PermissionDenied.* 403 .*invalid"),
-    "no credentials": (NONE, "try again", "Could not find credentials for Bedrock"),
+    "a server that repeats what it got": (
+        {"AWS_SECRET_ACCESS_KEY": "x"},
+        "operator",
+        "PermissionDenied.* 403 ",
+    ),
+    "no credentials": (NONE, "operator", "Could not find credentials for Bedrock"),
     "an unknown profile": (NONE | {"AWS_PROFILE": "nobody"}, "try again", "ProfileNotFound .*nobody"),
-    "a role without its token": (NONE, "try again", "CredentialRetrievalError .*container-role.* 401 "),
+    "a role without its token": (NONE, "operator", "CredentialRetrievalError .*container-role.* 401 "),
 }
 
 
@@ -856,6 +863,7 @@ def test_wrong_credentials_end_in_a_text_that_helps_and_in_one_line_that_reveals
     given = in_environment(aws.new_credentials()) | differs
     if "role" in wrong:
         given |= of_role(aws) | {"AWS_CONTAINER_AUTHORIZATION_TOKEN": "token/wrong"}
+    aws.repeats = "repeats" in wrong
     service = start_on_bedrock(**given)
     stream = service.open(question())
     event = stream.rest()[-1]
