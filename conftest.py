@@ -108,6 +108,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def listens(port):
+    """Whether somebody accepts connections at a port of 127.0.0.1."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def text_of(events):
     """What a front end that only knows tokens shows."""
     return "".join(event["content"] for event in events if event["type"] == "token")
@@ -431,18 +437,6 @@ class Database:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(family, TIMEOUT)
-
-    @contextlib.contextmanager
-    def frozen(self):
-        """While in this context, it is there but does nothing."""
-        family = self.processes()
-        for process in family:
-            process.suspend()
-        try:
-            yield
-        finally:
-            for process in family:
-                process.resume()
 
     def start(self):
         """Start it again after kill()."""
