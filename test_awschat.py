@@ -1825,6 +1825,64 @@ async def test_a_key_of_version_1_still_replays_its_turn(start_service, database
     assert service.open("Another question", session, key).status == 422
 
 
+CONVERSATIONS = """SELECT owner, session_id, role, content, status,
+        CASE WHEN role = 'user' OR status <> 'failed' THEN created_at END AS created_at
+    FROM chat_messages ORDER BY owner, session_id, id"""
+CUT_OFF = """INSERT INTO turns
+        (owner, session_id, question, reply, status, created_at, lease_until, stop_requested)
+    SELECT 'everyone', 'cut off twice', 'Why?', reply, 'running', began, began + interval '1 minute', stopped
+    FROM (VALUES ('S3', now() - interval '2 hours', now()), ('', now() - interval '1 hour', NULL))
+        AS dead (reply, began, stopped)"""
+SHAPE = """SELECT table_name || '.' || column_name, data_type || is_nullable || coalesce(column_default, '')
+    FROM information_schema.columns WHERE table_schema = 'public'
+    UNION ALL SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+    UNION ALL SELECT viewname, definition FROM pg_views WHERE schemaname = 'public'
+    UNION ALL SELECT proname, pg_get_functiondef(oid) FROM pg_proc
+        WHERE pronamespace = 'public'::regnamespace ORDER BY 1, 2"""
+MISPLACED = """SELECT * FROM (SELECT session_id, number, created_at,
+        row_number() OVER in_session AS place, lag(created_at) OVER in_session AS before
+        FROM chat_messages WINDOW in_session AS (PARTITION BY owner, session_id ORDER BY id)) AS placed
+    WHERE number <> (place + 1) / 2 OR created_at < before"""
+
+
+async def test_the_way_back_to_version_1_keeps_every_conversation_and_can_be_undone(
+    start_service, database, old
+):
+    """Of both versions, and of killed processes. What 1.0.0 does first is to apply its schema."""
+    session, service = new_session(), start_service(DATABASE_URL=old)
+    for each in (session, "first steps"):
+        for message in (question(), off_scope(), question(fault="reset"), question(finish="length")):
+            service.stream(message, each, nonce())
+        service.stop(service.open(question(**SLOW), each).until_token())
+    history = service.history(session)
+    assert service.terminate() == 0
+    await database.fetch(CUT_OFF, url=old)
+    before = await database.fetch(CONVERSATIONS, url=old)
+
+    psql = [database.server.bin_path / "psql", "-q", "-f", HERE / "deploy" / "db" / "back-to-1.0.0.sql", old]
+    done = subprocess.run(psql, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    schema, *_ = (HERE / "v1_dump.sql").read_text(encoding="utf-8").partition("\nINSERT INTO turns")
+    new = database.new()
+    for url in (old, new):
+        async with database.connection(url) as connection:
+            await connection.execute(schema)
+    assert await database.fetch(SHAPE, url=old) == await database.fetch(SHAPE, url=new)
+    assert await database.fetch(CONVERSATIONS, url=old) == before
+    assert await database.fetch(MISPLACED, url=old) == []
+    claim = "SELECT * FROM claim_turn('everyone', $1, 'an id', 'And now?', NULL, 10, 24000, '', 0)"
+    [claimed] = await database.fetch(claim, session, url=old)
+    told = {"complete", "stopped", "truncated"}
+    assert (claimed["outcome"], claimed["turn_number"]) == ("claimed", 6)
+    assert list(itertools.chain(*json.loads(claimed["history"]))) == [
+        content for _, content, status in history if status in told
+    ]
+
+    service = start_service(DATABASE_URL=old)
+    assert service.history(session)[: len(history)] == history
+    assert service.ask(question(), session)["status"] == "complete"
+
+
 # ---- The database: rolling out, failing over, refusing ----
 
 
