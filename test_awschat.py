@@ -1,13 +1,12 @@
 """The tests of awschat, in the order of the module; conftest.py has the harness and says how they work.
 
-python -m pytest -q                     all of them
-python -m pytest -q -k "crash or lost"  those whose names say so
+python -m pytest test_awschat.py      all of them, with their names: -v
+python -m pytest -k "crash or lost"   those whose names say so
 """
 
 import ast
 import asyncio
 import contextlib
-import http.server
 import itertools
 import json
 import os
@@ -20,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -260,7 +258,7 @@ def test_every_requirement_is_pinned_and_the_service_needs_what_it_imports():
     ("name", "file", "end"),
     [
         ("run", "requirements-demo.txt", ".venv/bin/python demo.py"),
-        ("test", "requirements-dev.txt", ".venv/bin/python -m pytest -q"),
+        ("test", "requirements-dev.txt", ".venv/bin/python -m pytest"),
     ],
 )
 def test_the_readme_has_the_two_commands(name, file, end):
@@ -705,41 +703,18 @@ def test_history_is_the_newest_whole_turns_that_fit(adjusted, start_service, pro
         assert sent(provider.requests(last)[0]) == [*itertools.chain(*pairs), ("user", last)]
 
 
-class Recorder(http.server.BaseHTTPRequestHandler):
-    """A provider that writes down what it is asked, and answers 500."""
-
-    def do_POST(self):
-        data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.calls.append((self.path, self.headers["Authorization"], data))
-        until(lambda: len(self.server.calls) == 2)  # a failure of one would cancel the other
-        self.send_error(500)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def recorder():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
-        server.calls = []
-        threading.Thread(target=server.serve_forever).start()
-        yield server
-        server.shutdown()
-
-
-def test_every_request_to_the_provider_has_key_model_and_options(start_service, recorder):
+def test_every_request_to_the_provider_has_key_model_and_options(start_service):
     settings = {"OPENAI_API_KEY": "sk-test", "OPENAI_MODEL": "big", "GUARD_MODEL": "small"}
     settings["MODEL_OPTIONS"] = '{"temperature": 0.1, "max_tokens": 77, "stream_options": null}'
-    settings["OPENAI_BASE_URL"] = f"http://127.0.0.1:{recorder.server_port}/v1/"
-    start_service(**settings).ask(doubtful())
-    [judging] = [body for _, _, body in recorder.calls if not body.get("stream")]
-    [generating] = [body for _, _, body in recorder.calls if body.get("stream")]
-    assert {call[:2] for call in recorder.calls} == {("/v1/chat/completions", "Bearer sk-test")}
-    assert (judging["model"], generating["model"]) == ("small", "big")
-    assert "stream" not in judging and generating["stream"] is True
-    assert "stream_options" not in generating, "null takes a key away"
-    for body in (judging, generating):
-        assert (body["temperature"], body["max_tokens"]) == (0.1, 77)
+    message = doubtful()
+    with closing(Provider("--key", "sk-test")) as strict:  # it answers 401 to another key
+        service = start_service(OPENAI_BASE_URL=f"{strict.base_url}/", **settings)
+        assert service.ask(message)["status"] == "complete"
+        [judging], [generating] = strict.requests(message, "judge"), strict.requests(message)
+    options = {"temperature": 0.1, "max_tokens": 77}
+    assert judging["target"] == generating["target"] == "/v1/chat/completions"
+    assert judging["options"] == {"model": "small", **options}
+    assert generating["options"] == {"model": "big", "stream": True, **options}, "null takes a key away"
 
 
 def test_a_complete_turn_is_stored_with_what_it_cost(service, database, provider):
@@ -1064,9 +1039,13 @@ def test_options_that_a_server_does_not_know_can_be_taken_away(adjusted, service
     assert adjusted.ask(question(fault="no_stream_options"))["status"] == "complete"
 
 
-def events_of(text):
-    """The bytes of an answer that holds everything at once: comments, a thought, halves of emojis, usage."""
-    units = text.encode("utf-16-be")
+TOLD = "Amazon S3 🪣 für EC2: \u2028S3は安全です 👩\u200d💻."
+
+
+@given(st.data())
+def test_an_answer_is_the_same_text_however_its_bytes_are_cut(data):
+    """Of an answer that holds everything at once: comments, a thought, halves of emojis, usage."""
+    units = TOLD.encode("utf-16-be")
     halves = [units[at : at + 2].decode("utf-16-be", "surrogatepass") for at in range(0, len(units), 2)]
     deltas = [{"content": piece} for piece in ("<thi", "nk>First", " of all</think>\n\n", *halves, None)]
     chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
@@ -1074,15 +1053,8 @@ def events_of(text):
     chunks.append({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9}})
     events = [f": comment\r\ndata: {json.dumps(chunk)}\n\n" for chunk in chunks]
     unescaped = 'data:{"choices": [{"delta": {"content": " ü🪣"}}]}\r\n\r\n'
-    return "".join(["\ufeff", *events[:-2], unescaped, *events[-2:], "data:\n\ndata: [DONE]"]).encode()
+    raw = "".join(["\ufeff", *events[:-2], unescaped, *events[-2:], "data:\n\ndata: [DONE]"]).encode()
 
-
-TOLD = "Amazon S3 🪣 für EC2: \u2028S3は安全です 👩\u200d💻."
-
-
-@given(st.data())
-def test_an_answer_is_the_same_text_however_its_bytes_are_cut(data):
-    raw = events_of(TOLD)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)))))
     decoder = Decoder(usage := {})
     pieces = [raw[start:end] for start, end in itertools.pairwise([0, *cuts, len(raw)])]
