@@ -1633,12 +1633,10 @@ def test_a_long_reply_of_the_judge_is_read_in_milliseconds():
 
 
 async def test_any_number_of_replicas_can_apply_the_schema_at_once(database):
-    schema = (HERE / "schema.sql").read_text(encoding="utf-8")
-
     async def apply(url, ready):
         async with database.connection(url) as connection:
             await ready.wait()
-            await connection.execute(schema)
+            await connection.execute(awschat.SCHEMA)
 
     for _ in range(10):
         ready, url = asyncio.Barrier(8), database.new()
@@ -1717,7 +1715,7 @@ async def test_no_route_reads_the_whole_table(start_service, database):
         return (await database.fetch(seen, url=url))[0]
 
     async with database.connection(url) as connection:
-        await connection.execute((HERE / "schema.sql").read_text(encoding="utf-8"))
+        await connection.execute(awschat.SCHEMA)
         await connection.execute(f"SELECT setval('turn_numbers', 50000); {FILL}; ANALYZE turns")
     service = start_service(DATABASE_URL=url, API_KEYS=f"owner2:{key}")
     headers = {"Authorization": f"Bearer {key}"}
@@ -1867,9 +1865,8 @@ async def test_a_transaction_that_stays_open_does_not_stop_those_who_serve_while
     for name in ("awschat.py", "system_prompt.txt", "judge_prompt.txt", "aws_terms.txt"):
         shutil.copy(HERE / name, tmp_path)
     shutil.copytree(HERE / "web", tmp_path / "web")
-    schema = (HERE / "schema.sql").read_text(encoding="utf-8")
     more = "ALTER TABLE turns ADD COLUMN IF NOT EXISTS news text;\n"
-    (tmp_path / "schema.sql").write_text(schema + more, encoding="utf-8")
+    (tmp_path / "schema.sql").write_text(awschat.SCHEMA + more, encoding="utf-8")
     next_version = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     url = database.new()
     service, session = start_service(DATABASE_URL=url), new_session()
@@ -1993,12 +1990,14 @@ OLD_TURNS = """INSERT INTO turns (owner, session_id, question, status, lease_unt
         now() + interval '1 hour', now() - interval '31 days' FROM generate_series(1, $1::integer) AS n"""
 
 
-async def test_old_turns_are_erased_a_few_at_a_time_by_one_replica_at_a_time(start_service, database):
+async def test_old_turns_are_erased_a_few_at_a_time_by_one_replica_at_a_time(database):
     url = database.new()
-    start_service(DATABASE_URL=url).ask(question(), "new")
     count = "SELECT count(*) FROM turns WHERE session_id = 'old'"
     async with database.connection(url) as one, database.connection(url) as two:
+        await one.execute(awschat.SCHEMA)
         await one.execute(OLD_TURNS, 1600)
+        await one.execute("""INSERT INTO turns (owner, session_id, question, status, lease_until)
+            VALUES ('everyone', 'new', 'q', 'complete', now())""")
         await one.execute("SELECT tidy_up(32)")
         assert await one.fetchval(count) == 1600, "they are 31 days old"
         await one.execute("SELECT tidy_up(30)")
@@ -2016,7 +2015,7 @@ async def test_old_turns_are_erased_a_few_at_a_time_by_one_replica_at_a_time(sta
 async def test_a_service_with_retention_days_erases_old_turns_and_chats_on(start_service, database):
     url = database.new()
     async with database.connection(url) as connection:
-        await connection.execute((HERE / "schema.sql").read_text(encoding="utf-8"))
+        await connection.execute(awschat.SCHEMA)
         await connection.execute(OLD_TURNS, 300)
     service = start_service("-c", HURRY + MAIN, DATABASE_URL=url, RETENTION_DAYS=30)
     until(lambda: database.sql("SELECT count(*) FROM turns", url=url)[0][0] == 1)
@@ -2761,7 +2760,7 @@ async def test_a_pipe_that_nobody_empties_costs_log_lines_only(start_service, pi
         streams = [service.open(question(), session) for session in sessions]
         assert {stream.rest()[-1]["status"] for stream in streams} == {"complete"}
     assert service.metrics()["awschat_log_lines_dropped_total"] > 0
-    running = service.open(question(tokens=100, interval=0.02)).until_token()
+    running = service.open(question(tokens=40, interval=0.02)).until_token()
     service.signal(signal.SIGTERM)
     assert running.rest()[-1]["status"] == "complete"
     assert service.wait() == 0
@@ -2976,14 +2975,16 @@ def test_a_signal_lets_quick_turns_finish_and_saves_long_ones(start_service, dat
     idle.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(start_service, number):
-    service = start_service(GRACE_SECONDS=600)
-    service.open(question(**SLOW)).until_token()
-    service.signal(number)
-    until(lambda: service.get("/ready").status_code == 503)
-    service.signal(number)
-    assert service.wait(5) == -number
+def test_a_second_signal_ends_it_at_once(start_service):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    services = {number: start_service(wait=False, GRACE_SECONDS=600) for number in numbers}
+    for number, service in services.items():
+        until(service.ready)
+        service.open(question(**SLOW)).until_token()
+        service.signal(number)
+        until(lambda: service.get("/ready").status_code == 503)  # noqa: B023
+        service.signal(number)
+        assert service.wait(5) == -number
 
 
 def test_a_second_signal_ends_it_at_once_although_the_database_is_away(start_service, own_database):
