@@ -17,9 +17,9 @@ FIRST, TOKENS = 0.03, 2
 LONG_TURNS, SHORT_TURNS, TURNS_A_SESSION = 10_000, 100, 20
 
 FILL = """
-INSERT INTO turns (owner, session_id, question, reply, status, verdicts, model, usage,
+INSERT INTO turns (owner, session_id, number, question, reply, status, verdicts, model, usage,
                    lease_until, created_at, finished_at)
-SELECT {owner}, {session},
+SELECT {owner}, {session}, nextval('turn_numbers'),
        'How do I make bucket ' || n || ' of Amazon S3 private?',
        repeat('Amazon S3 blocks public access by default. ', {sentences}),
        'complete', '[["allow", "names amazon s3", "rules"]]', 'bench',

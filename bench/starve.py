@@ -4,7 +4,7 @@
 
 The same is measured against the provider alone, because the burst also keeps the provider and the load
 generators busy; that row is what the rig itself adds. The others' p99 gap between events must stay under
-100 ms, and a burst's first token must come at once, not with its last.
+150 ms, of which 100 are the rest between two reads, and a burst's first token must come at once, not with its last.
 """
 
 import json
@@ -67,7 +67,7 @@ def main():
     row("awschat", steady, burst)
     first, last = burst["first_token_ms"]["p50"], burst["last_token_s"]["p50"] * 1000
     checks = {
-        "others' p99 gap under 100 ms": steady["gap_ms"]["p99"] < 100,
+        "others' p99 gap under 150 ms": steady["gap_ms"]["p99"] < 150,
         "a burst's first token comes in less than half the time of its last, p50": first < last / 2,
         "no failure": not steady["failed"] and not burst["failed"],
     }
