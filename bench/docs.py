@@ -34,7 +34,8 @@ from common import ROOT, free_port, get, postgres
 
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 S3 = "How do I make an S3 bucket private?"
-COMMANDS = r"\.venv/|curl |\.ci/run|docker |python3? |openssl |aws ec2 |ssh -|ulimit |cp |git |npm |pip "
+TOOLS = "aws|cp|curl|docker|git|npm|openssl|pip|python3?|ssh|ulimit|DELETE FROM|UPDATE"
+COMMANDS = rf"(?:[A-Z_]+=\S+ )?\.venv/|(?:{TOOLS}) "
 STAND_IN = """#!/bin/sh
 # docker: runs what `docker compose exec db` would run, with the database's own tools; all else does nothing.
 [ "$1 $2" = "compose exec" ] || exit 0
@@ -391,10 +392,12 @@ def run_faq(world, text):
     return "run", "put into a copy of the module; the known question and another were asked"
 
 
-TYPESCRIPT = {
-    "read-events.ts": "read-events.ts\n",
-    "assistant-ui.ts": "ChatModelAdapter",
-    "ai-sdk.ts": "ChatTransport<",
+TYPESCRIPT = {  # file: words that only its fence has
+    "read-events.ts": "// read-events.ts",
+    "assistant-ui.ts": "// assistant-ui.ts",
+    "assistant-ui-page.tsx": "useLocalRuntime(awschat)",
+    "ai-sdk.ts": "// ai-sdk.ts",
+    "ai-sdk-page.tsx": "useChat({ id",
 }
 DRIVERS = {
     "assistant-ui": """
@@ -422,23 +425,24 @@ DRIVERS = {
 
 
 def typescript(world, text):
-    """Check the types of all three files and run them in Node.js; done once, for the last of them."""
+    """Check the types of all files, run the adapters in Node.js, bundle the pages: with the last file."""
     if not world.npm:
         return "not here", "give --npm"
     folder = world.root / "npm"
     folder.mkdir(exist_ok=True)
     name = next(name for name, words in TYPESCRIPT.items() if words in text)
     (folder / name).write_text(world.here(text))
-    if name != "ai-sdk.ts":
-        return "run", "with the last of the three"
+    if name != list(TYPESCRIPT)[-1]:
+        return ("checked" if "page" in name else "run"), "with the last of the five"
     recipe = (ROOT / "docs/recipes.md").read_text()
-    packages = "react @types/react @types/node typescript@5 esbuild"
-    packages += " @assistant-ui/react@" + re.search(r"its types against ([\d.]+\d)", recipe)[1]
-    packages += " ai@" + re.search(r"Tried with `ai` ([\d.]+\d)", recipe)[1]
+    packages = "react react-dom @types/react @types/react-dom @types/node typescript@5 esbuild"
+    packages += " @assistant-ui/react@" + re.search(r"`@assistant-ui/react` ([\d.]+\d)", recipe)[1]
+    packages += " ai@" + re.search(r"`ai` ([\d.]+\d)", recipe)[1]
+    packages += " @ai-sdk/react@" + re.search(r"`@ai-sdk/react` ([\d.]+\d)", recipe)[1]
     npm = partial(world.shell, PATH=os.environ["PATH"], HOME=os.environ["HOME"])
     npm(f"cd npm && npm init -y && npm pkg set type=module && npm install --no-audit --no-fund {packages}")
     options = "--noEmit --strict --skipLibCheck --target es2022 --lib es2022,dom,dom.iterable"
-    options += " --module esnext --moduleResolution bundler"
+    options += " --module esnext --moduleResolution bundler --jsx react-jsx"
     npm(f"cd npm && npx tsc {options} {' '.join(TYPESCRIPT)}")
     for driver, code in DRIVERS.items():
         (folder / f"try-{driver}.ts").write_text(code % S3)
@@ -450,7 +454,11 @@ def typescript(world, text):
         said = npm(f"cd npm && {build} && node try-{driver}.mjs")
         assert "demo model" in said and "I can only help with Amazon Web Services" in said, said
         assert driver != "ai-sdk" or said.rstrip().endswith("null"), said
-    return "run", "types checked, and an answer and a refusal in Node.js"
+    for page in ("assistant-ui-page", "ai-sdk-page"):
+        npm(
+            f"cd npm && npx esbuild {page}.tsx --bundle --jsx=automatic --outfile={page}.js --log-level=error"
+        )
+    return "checked", "types of all five; the pages bundled; an answer and a refusal through both adapters"
 
 
 STAND_IN_NOTE = "with a stand-in for docker"
@@ -483,8 +491,10 @@ PLANS = [  # (file, words of the fence, plan), in the order in which they are do
     ("docs/recipes.md", "AWS_TERMS_FILE=k8s_terms.txt", run_kubernetes),
     ("docs/recipes.md", "async def faq", run_faq),
     ("docs/recipes.md", "// read-events.ts", typescript),
-    ("docs/recipes.md", "ChatModelAdapter", typescript),
-    ("docs/recipes.md", "ChatTransport<", typescript),
+    ("docs/recipes.md", "// assistant-ui.ts", typescript),
+    ("docs/recipes.md", "useLocalRuntime(awschat)", typescript),
+    ("docs/recipes.md", "// ai-sdk.ts", typescript),
+    ("docs/recipes.md", "useChat({ id", typescript),
     ("docs/recipes.md", "watchfiles --non-recursive", partial(not_here, why="needs Windows")),
     ("docs/scaling.md", "balancer", partial(not_here, why="a drawing")),
 ]
@@ -495,6 +505,9 @@ PLANS = [  # (file, words of the fence, plan), in the order in which they are do
 
 def check_inline(world, text):
     """A command in the text: its syntax; that the file which it runs is there and can say what it does."""
+    if text.startswith(("DELETE", "UPDATE")):
+        psql(world, f"BEGIN; {text} ROLLBACK")
+        return "run", "and rolled back"
     shell_syntax(text)
     if script := re.search(r"python3? (bench/\w+\.py)", text):
         subprocess.run(
