@@ -4,7 +4,8 @@
 
 The same is measured against the provider alone, because the burst also keeps the provider and the load
 generators busy; that row is what the rig itself adds. The others' p99 gap between events must stay under
-150 ms, of which 100 are the rest between two reads, and a burst's first token must come at once, not with its last.
+150 ms, of which 100 are the rest between two reads, and a burst's first token must come at once, not with
+its last.
 """
 
 import json
