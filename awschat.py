@@ -642,7 +642,7 @@ def word_of(reply: str) -> str:
 # ---- The database: the module calls the functions of schema.sql ----
 
 CALLER_FAULTS = {"22", "23", "42", "AW"}  # SQLSTATE classes that the call caused; all others become a 503
-FINAL = {"0A", "28", "3D", "42"}  # of refused connections, those that no waiting mends
+FINAL = r"^\w+ (0A|28|3D|42)|authentication failed|no such (user|database)"  # what no waiting mends
 SCHEMA = (HERE / "schema.sql").read_text(encoding="utf-8")
 
 
@@ -654,9 +654,10 @@ async def open_pool() -> None:
     try:
         await asyncio.wait_for(call("check_writable"), 3)
     except (http.ServiceUnavailable, TimeoutError, asyncpg.PostgresError) as failure:
-        cause = failure.__cause__ or failure
-        if getattr(cause, "sqlstate", "08")[:2] in FINAL or isinstance(cause, ValueError | FileNotFoundError):
-            sys.exit(f"DATABASE_URL: {describe(cause)}")
+        problem = describe(failure)
+        if re.search(FINAL, problem) or isinstance(failure.__cause__, ValueError | FileNotFoundError):
+            sys.exit(f"DATABASE_URL: {problem}")
+        log("the database is not ready yet", problem=problem)
 
 
 async def apply_schema(conn: asyncpg.Connection) -> None:

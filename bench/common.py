@@ -195,16 +195,19 @@ def postgres():
 
 @contextmanager
 def chat_server(script, database_url, provider_url, python=sys.executable, **env):
-    """awschat.py or the peer on a free port, healthy -> (Process, port, seconds it took to be healthy)."""
+    """awschat.py or the peer on a free port, healthy -> (Process, port, seconds it took to be healthy).
+
+    Further settings are keyword arguments, which win; what the process prints is in process.log.
+    """
     port = free_port()
-    env |= {"DATABASE_URL": database_url, "OPENAI_BASE_URL": provider_url, "OPENAI_API_KEY": "bench-key"}
-    env |= {"HOST": "127.0.0.1", "PORT": str(port), "MAX_STREAMS": "2000", "OPENAI_MODEL": "bench"}
-    with tempfile.TemporaryFile() as output, running([python, script], env, output) as process:
+    usual = {"DATABASE_URL": database_url, "OPENAI_BASE_URL": provider_url, "OPENAI_API_KEY": "bench-key"}
+    usual |= {"HOST": "127.0.0.1", "PORT": str(port), "MAX_STREAMS": "2000", "OPENAI_MODEL": "bench"}
+    with tempfile.NamedTemporaryFile() as output, running([python, script], usual | env, output) as process:
+        process.log = Path(output.name)
         try:
             seconds = wait_healthy(process, port)
         except RuntimeError:
-            output.seek(0)
-            print(output.read().decode(errors="replace")[-3000:], file=sys.stderr)
+            print(process.log.read_text(errors="replace")[-3000:], file=sys.stderr)
             raise
         yield process, port, seconds
 
