@@ -78,6 +78,8 @@ def main():
         if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
             sys.exit("This Python has no venv or no pip. On Debian and Ubuntu: apt install python3-venv")
         return
+    if sys.argv[1:]:
+        sys.exit(__doc__)
     if not is_set("DATABASE_URL"):
         os.environ["DATABASE_URL"] = start_database()
     demo = not any(map(is_set, ("OPENAI_API_KEY", "OPENAI_BASE_URL", "BEDROCK_REGION")))
