@@ -27,10 +27,11 @@ it through these states, and any number of responses watch it. A stop or a failu
 Three rules of this file:
 1. `end` is sent only after the outcome is committed to the database. If it can't be, an `error` says so.
 2. Nothing is visible before the question is allowed, then at most ALLOWANCE characters of unproven text.
-3. Only a turn's own task, with the reader that it starts, writes its text and decides its outcome. Everybody
-   else watches, wakes watchers or asks it to stop.
+3. Only a turn's own task, with the reader that it starts, writes the text and decides the outcome of a turn
+   that runs. Everybody else watches it, or asks it to stop; what they decide is a snapshot of their own.
 
-Read from top to bottom; what a part uses stands below it. Skip Settings at first, and the rules of the guard.
+Read from top to bottom; what a part uses stands below it. At first skip the fields of Settings (not the
+limits after them) and the rules of the guard.
 """
 
 import asyncio
@@ -52,6 +53,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -135,7 +137,7 @@ LEASE_SECONDS = 10  # without a heartbeat for so long, a turn counts as dead
 HEARTBEAT_SECONDS = 1  # how often running turns renew their leases and learn that they shall stop
 FLUSH_SECONDS = 0.1  # the rest between two reads of an answer: what comes meanwhile becomes one event
 LOOK_SECONDS = min(0.4, settings.PING_SECONDS / 2)  # how often watchers are woken without news
-ALLOWANCE = 600  # characters that may be visible beyond the proven text, whatever one read brings
+ALLOWANCE = 600  # most characters that are visible beyond the proven text, whatever one read brings
 PROOF_CHARS = 300  # so many unproven characters pause the reading until the judge has spoken
 REPLY_CHARS = 100_000  # a longer reply is cut, so that no provider can fill the memory
 CUT = "\n\n(The answer was cut at the length limit. Ask me to continue.)"
@@ -242,7 +244,7 @@ async def run(turn: Turn) -> None:
         turn.decide("stopped", "" if turn.visible else "(Stopped before there was an answer.)")
     except Exception as failure:
         turn.fail(failure)
-    while not await committed(turn):
+    while not await settled(turn):
         await asyncio.sleep(0.25)
     turn.close()  # only here, with the commit behind us: rule 1
     del RUNNING[turn.number]
@@ -259,8 +261,8 @@ async def step(turn: Turn, state: State) -> State:
     return following
 
 
-async def committed(turn: Turn) -> bool:
-    """True once the outcome is saved; what can't be saved, or not in time, fails. False: try again."""
+async def settled(turn: Turn) -> bool:
+    """True once the outcome is saved, or can't be and has become a failure. False: try again."""
     try:
         if turn.number not in await save([turn]):
             turn.fail(http.NotFound("This conversation was erased."))
@@ -292,7 +294,7 @@ async def watch(turn: Turn):
             await asyncio.sleep(LOOK_SECONDS)
             with suppress(http.ServiceUnavailable):
                 turn = await find_turn(turn.owner, turn.session_id, turn.number, turn.text)
-            if turn.out_of_time() and not turn.closed:
+            if turn.out_of_time() and not turn.closed:  # no newer one comes, or this process ends
                 turn.fail(unavailable("The service is interrupted. Please reload in a moment."))
                 turn.close()
     yield f"data: {json.dumps(turn.outcome, separators=(',', ':'))}\n\n"
@@ -391,9 +393,12 @@ EVENT_BYTES = 2_000_000  # what one event, or one thought, may have
 
 
 def open_provider(keep_seconds: float) -> openai.AsyncOpenAI:
-    """The provider's client, which follows neither redirects nor the host's proxy settings."""
-    limits = httpx2.Limits(max_connections=2 * settings.MAX_STREAMS + 10, keepalive_expiry=keep_seconds)
-    client = openai.DefaultAioHttpClient(limits=limits, follow_redirects=False, trust_env=False)
+    """The provider's client, which follows no redirect, keeps no cookie and asks no proxy of the host."""
+    how = {"follow_redirects": False, "trust_env": False, "event_hooks": {"response": [bound_body]}}
+    connections = 2 * settings.MAX_STREAMS + 10
+    how["limits"] = httpx2.Limits(max_connections=connections, keepalive_expiry=keep_seconds)
+    how["cookies"] = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+    client = openai.DefaultAioHttpClient(**how)
     options = {"http_client": client, "max_retries": 0, "timeout": openai.Timeout(None, connect=10)}
     address, _, query = settings.OPENAI_BASE_URL.partition("?")
     if settings.BEDROCK_REGION:
@@ -402,6 +407,18 @@ def open_provider(keep_seconds: float) -> openai.AsyncOpenAI:
     key = settings.OPENAI_API_KEY.get_secret_value() or "none"
     query = dict(httpx2.QueryParams(query))
     return openai.AsyncOpenAI(api_key=key, base_url=address or None, default_query=query, **options)
+
+
+async def bound_body(response: httpx2.Response) -> None:
+    """Read here, up to a limit, what openai would read whole: an error, or what the judge says."""
+    if response.is_success and b'"stream":true' in response.request.content:
+        return
+    body = b""
+    async for data in response.stream:
+        body += data
+        if len(body) > EVENT_BYTES:
+            raise httpx2.ReadError("a body without an end")
+    response.stream = httpx2.ByteStream(body)
 
 
 async def ask_provider(model: str, system: str, *texts: str, **options: object) -> object:
@@ -420,15 +437,15 @@ async def ask_provider(model: str, system: str, *texts: str, **options: object) 
             return await service.provider.post("/chat/completions", body=body, **how)
         except openai.APIConnectionError as failure:
             if isinstance(failure.__cause__ and failure.__cause__.__cause__, TimeoutError):
-                raise  # it really is one
+                raise  # it really is one, of aiohttp's
         return await service.fresh_provider.post("/chat/completions", body=body, **how)
 
 
 async def read_answer(turn: Turn, allowed: asyncio.Event) -> None:
     """Ask for the answer and, once that is allowed, read it into turn.text. Only silence is timed."""
-    told = [text for pair in turn.history for text in pair]
+    conversation = [text for pair in turn.history for text in pair]
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    stream = await ask_provider(settings.OPENAI_MODEL, SYSTEM_PROMPT, *told, turn.question, **options)
+    stream = await ask_provider(settings.OPENAI_MODEL, SYSTEM_PROMPT, *conversation, turn.question, **options)
     decoder = Decoder(turn.usage)
     now = asyncio.get_running_loop().time
     try:
@@ -445,10 +462,11 @@ async def read_answer(turn: Turn, allowed: asyncio.Event) -> None:
                     silence.reschedule(None)  # the judge has a limit of its own
                     await prove(turn)
                     turn.publish()
-                silence.reschedule(now() + decoder.patience())
+                deadline = now() + decoder.patience()  # after the finish reason, only text moves it on
+                silence.reschedule(min(deadline, silence.when()) if decoder.finish and not text else deadline)
                 if (text or decoder.held) and not decoder.finish:
                     await asyncio.sleep(0 if len(data) >= FULL_READ else FLUSH_SECONDS)
-    except PROVIDER_ERRORS:
+    except PROVIDER_ERRORS:  # a stall, too: TimeoutError is an OSError
         if not decoder.finish:
             raise
     whole = not decoder.finish or decoder.line.rstrip().endswith((b"}", b"]"))
@@ -711,7 +729,10 @@ async def start_turn(owner: str, asked: "Question", key: str | None, bucket: str
 
 
 async def find_turn(owner: str, session_id: str, number: int | None = None, said: str = "") -> Turn:
-    """A turn, by default the newest: itself if it runs here, else a snapshot, whose notice follows `said`."""
+    """A turn, by default the newest: itself if it runs here, else a snapshot, whose notice follows `said`.
+
+    A row whose process let the lease run out reads as failed: that is a rule of schema.sql.
+    """
     [(number, status, reply, notice)] = await call("find_turn", owner, session_id, number)
     if number in RUNNING:
         return RUNNING[number]
@@ -799,7 +820,7 @@ async def authenticate() -> None:
 async def post_chat():
     asked = await read_request(Question)
     key = request.headers.get("Idempotency-Key")
-    bucket = g.owner if settings.API_KEYS else str(request.remote_addr)
+    bucket = g.owner if settings.API_KEYS else str(request.remote_addr)[:100]
     claim = asyncio.create_task(start_turn(g.owner, asked, key, bucket))
     claim.add_done_callback(lambda done: done.exception())  # retrieved, even if the client has gone
     turn = await asyncio.shield(claim)  # what is claimed must run, whether or not its client has gone
@@ -899,7 +920,7 @@ app = cors(app, allow_origin=settings.CORS_ORIGINS, expose_headers=("Retry-After
 
 # What a provider's error, as "status description", means for people: the first pattern that fits.
 PROVIDER_ERROR_TEXTS = {
-    "context.?(length|window|size)|too long|max_length": "That is too long for the model. Please shorten it.",
+    "^413|context.?(length|window|size)|(?<!took )too long|max_length": "It is too long. Please shorten it.",
     "quota|billing|credential|^(3|40[0-7]|41|42[0-8])": "The provider refuses us. Please tell the operator.",
     "^429|rate.?limit": "The model provider is busy. Please try again in {} s.",
     "": "The model provider has a problem, or takes too long. Please try again soon.",
@@ -963,7 +984,7 @@ def describe(failure: BaseException) -> str:
     facts = [getattr(failure, name, "") for name in ("status_code", "sqlstate", "code", "type")]
     words = " ".join([type(failure).__name__, *map(str, filter(None, facts)), str(failure)])
     words = words.replace(settings.OPENAI_API_KEY.get_secret_value() or "\0", "***")
-    return SECRET.sub("***", words)[:300].replace("\0", "").encode(errors="replace").decode()
+    return SECRET.sub("***", words[:1000])[:300].replace("\0", "").encode(errors="replace").decode()
 
 
 def report(turn: Turn) -> None:
@@ -980,8 +1001,8 @@ def report(turn: Turn) -> None:
         TOKENS.labels(direction).inc(turn.usage.get(f"{direction}_tokens", 0))
     for moment, seconds in turn.seconds.items():
         SECONDS.labels(moment).observe(seconds)
-    names = ("number", "session_id", "owner", "verdicts", "usage", "seconds")
-    log("turn", status=status, problem=problem, **{name: getattr(turn, name) for name in names})
+    facts = {name: getattr(turn, name) for name in ("number", "session_id", "owner", "usage", "seconds")}
+    log("turn", status=status, problem=problem, verdicts=turn.verdicts[-3:], **facts)
 
 
 # ---- Main ----
@@ -1035,12 +1056,10 @@ async def serve(demo: bool) -> None:
     app.add_background_task(repeat, HEARTBEAT_SECONDS, heartbeat)
     app.add_background_task(repeat, LOOK_SECONDS, wake_watchers)
     app.add_background_task(repeat, 10, call, "tidy_up", settings.RETENTION_DAYS)
-    config = hypercorn.Config()
-    config.bind = f"{settings.HOST}:{settings.PORT}"
-    config.backlog = 4096
-    config.errorlog = logging.getLogger("hypercorn")
-    config.include_server_header = False
-    config.keep_alive_timeout = 75  # above the 60 s of load balancers, which else answer 502 at times
+    address = f"{settings.HOST}:{settings.PORT}"
+    options = {"bind": address, "backlog": 4096, "errorlog": logging.getLogger("hypercorn")}
+    options |= {"include_server_header": False, "keep_alive_timeout": 75}  # above the 60 s of load balancers
+    config = hypercorn.Config.from_mapping(options)
     served = ProxyFixMiddleware(app, trusted_hops=settings.TRUSTED_HOPS) if settings.TRUSTED_HOPS else app
     try:
         await hypercorn.asyncio.serve(served, config, shutdown_trigger=drained)

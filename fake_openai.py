@@ -75,6 +75,8 @@ FAULTS = {
     "credits": "* 402 as OpenRouter says it, its code a number",
     "quota": "* 429, code insufficient_quota",
     "rate_limit": "* 429, code rate_limit_exceeded, Retry-After: 30",
+    "gateway": "* 504; its message says that something took too long",
+    "endless_body": "* a body that never ends: of an error, for the judge that of its word",
     "no_stream_options": "400 for a request that has the key stream_options, else an answer",
     # After so many tokens (after=) the answer is broken off
     "reset": "RST",
@@ -92,6 +94,7 @@ FAULTS = {
     "no_finish": "[DONE], but no finish_reason",
     "no_newline": "last piece of text and finish_reason in the last event, which has no newline; no [DONE]",
     "done_no_newline": "the body ends with `data: [DONE]` without newline; no finish_reason",
+    "comments_after": "comments after [DONE], for thinking= seconds",
     "length": "finish_reason length",
     # No text
     "empty": "* no text, finish_reason stop",
@@ -105,6 +108,7 @@ FAULTS = {
     "comments": "comments (OpenRouter)",
     "role_only": "the first chunk at once, its text after first= seconds",
     # Other forms of a whole answer
+    "cookie": "Set-Cookie with a letter that is not ASCII",
     "comment": "a comment before every event, the first chunk at once",
     "empty_data": "`data:` without a value before every event, with and without the space",
     "fields": "event:, id: and retry: before every event's data",
@@ -739,6 +743,7 @@ STREAM_HEAD = """HTTP/1.1 200 OK\r
 Content-Type: text/event-stream; charset=utf-8\r
 Transfer-Encoding: chunked\r
 {}\r\n\r\n"""
+ENDLESS_HEAD = "HTTP/1.1 {} \r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
 THINK_SECONDS = 0.1  # between two signs of life
@@ -790,6 +795,7 @@ REFUSED = {
         "This model's maximum context length is 8192 tokens. However, your messages resulted in 9313 tokens.",
     ),
     "too_long": (400, None, "prompt is too long: 9313 tokens > 8192 maximum"),
+    "gateway": (504, None, "The upstream server took too long to respond."),
     "bad_parameter": (
         400,
         "unsupported_parameter",
@@ -899,6 +905,10 @@ class Chat:
         if self.fault in STATUSES or self.fault in REFUSED or self.fault in ("reset_before", "html"):
             yield self.due
             self.fail()
+        elif self.fault == "endless_body":
+            yield self.due
+            self.connection.transport.write(ENDLESS_HEAD.format(400 if self.stream else 200).encode())
+            yield from self.endless()
         else:
             yield from self.streamed() if self.stream else self.whole()
 
@@ -959,6 +969,10 @@ class Chat:
             yield from self.broken_off()
         elif self.fault == "no_newline":
             yield from self.send([self.chunk({"content": last}, "stop").rstrip()], LAST_CHUNK)
+        elif self.fault == "comments_after":
+            yield from self.send(self.closing())
+            yield from self.thinking()
+            yield from self.send([], LAST_CHUNK)
         else:
             yield from self.send(self.closing(), LAST_CHUNK)
 
@@ -968,6 +982,8 @@ class Chat:
         line = "Connection: keep-alive" if self.connection.keep_alive else "Connection: close"
         if self.o.hang_up:
             line = "Keep-Alive: timeout=5, max=100"
+        if self.fault == "cookie":
+            line += "\r\nSet-Cookie: größe=1"
         self.connection.transport.write(STREAM_HEAD.format(line).encode())
 
     def opening(self):
@@ -995,16 +1011,20 @@ class Chat:
             yield from self.thinking()
         if fault == "endless_line":
             yield from self.send([b'data: {"padding":"'])
-            while True:
-                yield from self.send([b"x" * 65536])
-                yield self.fake.loop.time() + self.o.interval
+            yield from self.endless()
+
+    def endless(self):
+        """Script: bytes without end."""
+        while True:
+            yield from self.send([b"x" * 65536])
+            yield self.fake.loop.time() + self.o.interval
 
     def thinking(self):
         """Script: signs of life for `thinking` seconds."""
         event = self.chunk({"content": None, "reasoning_content": THOUGHT})
         if self.fault == "reasoning":
             event = self.chunk({"content": "", "reasoning": THOUGHT})
-        elif self.fault == "comments":
+        elif self.fault in ("comments", "comments_after"):
             event = b": OPENROUTER PROCESSING\n\n"
         end = self.fake.loop.time() + self.o.thinking
         while self.fake.loop.time() < end:

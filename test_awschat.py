@@ -40,6 +40,7 @@ from awschat import (
     TRANSITIONS,
     Decoder,
     State,
+    describe,
     judge,
     load_terms,
     proven_end,
@@ -79,7 +80,7 @@ awschat.repeat = repeat
 
 # ---- The module ----
 
-MOST_LINES, MOST_CODE = 1071, 775
+MOST_LINES, MOST_CODE = 1091, 788
 
 
 def test_the_module_does_not_grow(capsys):
@@ -1028,6 +1029,26 @@ def test_an_event_of_a_megabyte_is_passed_over_and_one_without_end_is_not(servic
     assert psutil.Process(service.popen.pid).memory_info().rss < memory + 60e6
 
 
+def test_a_body_without_end_is_not_read_to_its_end(service):
+    memory = psutil.Process(service.popen.pid).memory_info().rss
+    assert service.ask(question(fault="endless_body"))["type"] == "error"
+    judged = service.open(doubtful(judge_fault="endless_body"))
+    assert judged.rest()[-1]["status"] == "refused"
+    assert psutil.Process(service.popen.pid).memory_info().rss < memory + 60e6
+    [line] = until(lambda: [each for each in service.log_turns() if each["number"] == judged.number])
+    assert "a body without an end" in str(line["verdicts"])
+
+
+def test_after_the_finish_reason_only_text_is_waited_for(start_service):
+    service = start_service(TURN_SECONDS=8)
+    assert service.ask(question(fault="comments_after", thinking=60))["status"] == "complete"
+
+
+def test_a_cookie_of_the_provider_is_not_kept(service):
+    for _ in range(2):
+        assert service.ask(question(fault="cookie"))["status"] == "complete"
+
+
 def test_a_provider_that_tells_no_usage_does_no_harm(service, database):
     session = new_session()
     assert service.ask(question(usage=0), session)["status"] == "complete"
@@ -1082,6 +1103,8 @@ FAULTS = {
     "too_long": SHORTEN,
     "rate_limit": "in 30 s",
     "http429": "in 1 s",
+    "http413": SHORTEN,
+    "gateway": TRY_AGAIN,
     "http408": TRY_AGAIN,
     "http500": TRY_AGAIN,
     "http503": TRY_AGAIN,
@@ -2660,6 +2683,12 @@ def test_neither_question_nor_answer_can_forge_an_event(service):
     answer = f"Amazon S3 {INJECTION} EC2"
     end = service.ask(INJECTION + doubtful(answer=answer))
     assert (end["status"], end["content"]) == ("complete", answer)
+
+
+def test_a_long_error_is_described_in_milliseconds():
+    start = time.thread_time()
+    assert "a" * 200 in describe(ValueError("a" * 1_000_000))
+    assert time.thread_time() - start < 1
 
 
 def test_secrets_never_show(start_service, provider):
