@@ -918,6 +918,13 @@ async def on_error(failure: Exception):
 
 app = cors(app, allow_origin=settings.CORS_ORIGINS, expose_headers=("Retry-After", "Turn-Number"))
 
+
+async def app_with_path(scope: dict, receive: object, send: object) -> None:
+    """The app, which fails on a target that does not begin with a path: `?x`, or half an IPv6 address."""
+    scope["path"] = re.sub(r"^(\w+://[^/]*)?/?", "/", scope.get("path", ""))
+    await app(scope, receive, send)
+
+
 # What a provider's error, as "status description", means for people: the first pattern that fits.
 PROVIDER_ERROR_TEXTS = {
     "^413|context.?(length|window|size)|(?<!took )too long|max_length": "It is too long. Please shorten it.",
@@ -1023,6 +1030,12 @@ async def repeat(seconds: float, job: object, *args: object) -> None:
                 log("something fails again and again", problem=describe(failure))
 
 
+def on_lost_error(loop: asyncio.AbstractEventLoop, context: dict) -> None:
+    """Log what Hypercorn lets go, as when data follows the offer of a WebSocket."""
+    problem = describe(context.get("exception") or Exception(context["message"]))
+    log("an error of a connection", problem=problem)
+
+
 def on_signal(number: int, frame: object) -> None:
     """From now on no new turns; running ones get GRACE_SECONDS. A second signal ends the process at once."""
     service.ends_at = clock() + settings.GRACE_SECONDS
@@ -1060,9 +1073,13 @@ async def serve(demo: bool) -> None:
     options = {"bind": address, "backlog": 4096, "errorlog": logging.getLogger("hypercorn")}
     options |= {"include_server_header": False, "keep_alive_timeout": 75}  # above the 60 s of load balancers
     config = hypercorn.Config.from_mapping(options)
-    served = ProxyFixMiddleware(app, trusted_hops=settings.TRUSTED_HOPS) if settings.TRUSTED_HOPS else app
+    served = app_with_path
+    if settings.TRUSTED_HOPS:
+        served = ProxyFixMiddleware(served, trusted_hops=settings.TRUSTED_HOPS)
+    asyncio.get_running_loop().set_exception_handler(on_lost_error)
     try:
-        await hypercorn.asyncio.serve(served, config, shutdown_trigger=drained)
+        async with service.provider, service.fresh_provider:
+            await hypercorn.asyncio.serve(served, config, shutdown_trigger=drained)
     except OSError as failure:
         sys.exit(f"HOST {settings.HOST}, PORT {settings.PORT}: {failure}")
 

@@ -80,7 +80,7 @@ awschat.repeat = repeat
 
 # ---- The module ----
 
-MOST_LINES, MOST_CODE = 1091, 788
+MOST_LINES, MOST_CODE = 1108, 798
 
 
 def test_the_module_does_not_grow(capsys):
@@ -2235,6 +2235,15 @@ def test_an_offer_to_upgrade_to_http_2_does_not_lose_the_request(service):
     head += "Connection: Upgrade, HTTP2-Settings, close\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
     answer = raw_request(service.port, head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(data), data))
     assert answer.startswith(b"HTTP/1.1 200 ") and b'"complete"' in answer
+
+
+@pytest.mark.parametrize("target", ["?x", "http://[::1", "http://example.com", "x/../health"])
+def test_a_target_that_does_not_begin_with_a_path_is_no_error_of_ours(service, target):
+    answer = raw_request(
+        service.port, f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    )
+    assert re.match(rb"HTTP/1.1 (200|404) ", answer), answer[:100]
+    assert service.stderr == ""
 
 
 # ---- HTTP: keys and owners ----

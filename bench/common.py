@@ -25,6 +25,7 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 sys.path.insert(0, str(ROOT))  # for fake_openai
 TICKS = os.sysconf("SC_CLK_TCK")
+KEPT_SECONDS = 75  # the service keeps an idle connection for so long, even if its client has closed it
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -128,11 +129,11 @@ def running(command, env=None, log=None):
         process.stop()
 
 
-def get(port, path):
+def get(port, path, **headers):
     """GET a loopback URL -> (status, body); status 0 when nothing answers."""
     try:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.read()
     except (OSError, http.client.HTTPException):

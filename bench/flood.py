@@ -1,7 +1,7 @@
 """Holds 2,000 connections open and looks whether the service still answers.
 
     pip install -r requirements-dev.txt
-    python bench/flood.py        about two minutes; needs a limit of more than 2,200 open files (ulimit -Hn)
+    python bench/flood.py        about four minutes; needs a limit of more than 2,200 open files (ulimit -Hn)
 
 Each connection does what a flood does: says nothing, stops in the middle of a header or of a body, asks for a
 stream and never reads it, or asks now and then. It is asserted that meanwhile /health answers every time,
@@ -17,7 +17,7 @@ import sys
 import time
 from contextlib import suppress
 
-from common import ROOT, chat_server, get, postgres, prepare, provider
+from common import KEPT_SECONDS, ROOT, chat_server, get, postgres, prepare, provider
 
 POST = (
     "POST /chat/stream HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{}"
@@ -86,7 +86,7 @@ def main():
         chat_server(ROOT / "awschat.py", database("flood"), url) as (process, port, _),
     ):
         asyncio.run(flood(port, given.connections, 5))  # Python keeps the memory of its first flood, not more
-        time.sleep(15)
+        time.sleep(KEPT_SECONDS + 5)
         memory, files = process.rss() / 2**20, process.open_files()
         waits, answer, broken = asyncio.run(flood(port, given.connections, given.seconds))
         peak, middle = process.rss() / 2**20, sorted(waits)[len(waits) // 2]
@@ -98,9 +98,10 @@ def main():
             violations.append(f"connections were not held: {broken[0]!r}")
         if b"S3" not in answer:
             violations.append(f"a chat got {answer!r}")
-        time.sleep(15)
+        time.sleep(KEPT_SECONDS + 5)
         later, later_files = process.rss() / 2**20, process.open_files()
-        print(f"15 s later: memory {memory:.0f} -> {later:.0f} MB, open files {files} -> {later_files}")
+        print(f"{KEPT_SECONDS + 5} s later: memory {memory:.0f} -> {later:.0f} MB,", end=" ")
+        print(f"open files {files} -> {later_files}")
         if b"awschat_running 0.0" not in get(port, "/metrics")[1]:
             violations.append("turns still run")
         if later_files > files + 20:

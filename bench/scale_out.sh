@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two replicas behind nginx, PgBouncer before a primary with a synchronous standby: what if parts of it die?
 #
-#     apt-get install curl nginx-light pgbouncer postgresql util-linux
+#     apt-get install curl nginx-light pgbouncer postgresql util-linux      PgBouncer 1.21 or newer
 #     pip install -r requirements-dev.txt
 #     PYTHON=python bench/scale_out.sh          about a minute; exit status 1 if a promise was broken
 #
@@ -22,6 +22,10 @@ python=${PYTHON:-python3}
 for program in nginx pgbouncer setpriv curl; do
     command -v "$program" >/dev/null || { echo "not installed: $program" >&2 && exit 2; }
 done
+bouncer_version=$(pgbouncer --version | sed -n 's/^PgBouncer //p')
+printf '1.21\n%s\n' "$bouncer_version" | sort -VC || {
+    echo "PgBouncer $bouncer_version can't prepare statements in transaction mode; 1.21 can" >&2 && exit 2
+}
 postgres=$(find /usr/lib/postgresql -maxdepth 2 -name bin | sort -V | tail -1)
 [ -n "$postgres" ] || { echo "not installed: postgresql" >&2 && exit 2; }
 seconds=36 # how long the clients start new turns
