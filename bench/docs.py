@@ -474,7 +474,7 @@ PLANS = [  # (file, words of the fence, plan), in the order in which they are do
     ("README.md", "import json, uuid, httpx", run_client),
     ("README.md", "cp .env.example .env", run_compose),
     ("README.md", "watchfiles", run_reload),
-    ("README.md", "-m pytest -q", suite),
+    ("README.md", "-r requirements-dev.txt", suite),
     ("docs/choices.md", "class TurnState", compile_only),
     ("docs/operations.md", "cp .env.example .env", run_compose),
     ("docs/operations.md", "COMPOSE_PROFILES=tls", env_file),
