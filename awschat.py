@@ -412,7 +412,7 @@ def open_provider(keep_seconds: float) -> openai.AsyncOpenAI:
 async def bound_body(response: httpx2.Response) -> None:
     """Read here, up to a limit, what openai would read whole: an error, or what the judge says."""
     if response.is_success and b'"stream":true' in response.request.content:
-        return
+        return  # ours only: the quotes of a question are escaped
     body = b""
     async for data in response.stream:
         body += data
@@ -778,8 +778,8 @@ POLICY = "default-src 'none'; connect-src 'self'; img-src 'self' data:; script-s
 POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 HEADERS |= {"X-Content-Type-Options": "nosniff"}
-UNBUFFERED = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}  # by proxies
 STORABLE = r"^[^\x00]*$"  # PostgreSQL can hold no NUL
+UNBUFFERED = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}  # by proxies
 
 
 class Session(BaseModel):
