@@ -1451,18 +1451,27 @@ HOSTILE = "a|aws |amazon |i-|i-0|an error occurred (|exception|t3.|db.a1|us-|arn
 INVISIBLE = ["\u200b", "\ud800", "\ufdfa", "\u3316", "\u0344\u0316"]  # the last three grow or sort under NFKC
 
 
+def takes_less_than(seconds, work):
+    """Whether one of three tries needs less CPU time of this thread: a hiccup of the machine does not count."""
+    for _ in range(3):
+        start = time.thread_time()
+        work()
+        if time.thread_time() - start < seconds:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("piece", HOSTILE.split("|") + INVISIBLE)
 def test_hostile_input_takes_milliseconds_not_minutes(piece):
     message, reply = (piece * 4000)[:4000], (piece * 100_000)[:100_000]
-    judge(message)
-    start = time.thread_time()  # of this thread's CPU, so that a busy machine does not count
-    judge(message, [(message, message)] * 3)
-    assert time.thread_time() - start < 0.2
-    start = time.thread_time()
-    proven_length(reply)
-    for length in range(300, len(reply), 1000):
-        proven_end(reply[:length], max(0, length - 300))
-    assert time.thread_time() - start < 5
+
+    def prove_in_pieces():
+        proven_length(reply)
+        for length in range(300, len(reply), 1000):
+            proven_end(reply[:length], max(0, length - 300))
+
+    assert takes_less_than(0.2, lambda: judge(message, [(message, message)] * 3))
+    assert takes_less_than(5, prove_in_pieces)
 
 
 # ---- Guard: the vocabulary ----
@@ -2705,9 +2714,8 @@ def test_neither_question_nor_answer_can_forge_an_event(service):
 
 
 def test_a_long_error_is_described_in_milliseconds():
-    start = time.thread_time()
     assert "a" * 200 in describe(ValueError("a" * 1_000_000))
-    assert time.thread_time() - start < 1
+    assert takes_less_than(1, lambda: describe(ValueError("a" * 1_000_000)))
 
 
 def test_secrets_never_show(start_service, provider):
