@@ -1452,7 +1452,7 @@ INVISIBLE = ["\u200b", "\ud800", "\ufdfa", "\u3316", "\u0344\u0316"]  # the last
 
 
 def takes_less_than(seconds, work):
-    """Whether one of three tries needs less CPU time of this thread: a hiccup of the machine does not count."""
+    """Whether one of three tries needs less CPU time: a hiccup of the machine does not count."""
     for _ in range(3):
         start = time.thread_time()
         work()
