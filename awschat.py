@@ -779,7 +779,8 @@ POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 HEADERS |= {"X-Content-Type-Options": "nosniff"}
 STORABLE = r"^[^\x00]*$"  # PostgreSQL can hold no NUL
-UNBUFFERED = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}  # by proxies
+# No proxy buffers a stream. Its connection ends with it: Hypercorn would keep one whose client has gone.
+STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no", "Connection": "close"}
 
 
 class Session(BaseModel):
@@ -882,7 +883,7 @@ app.add_url_rule("/openapi.yaml", "contract", partial(app.send_static_file, "ope
 
 def stream(turn: Turn) -> Response:
     """The response that watches a turn."""
-    headers = UNBUFFERED | {"Turn-Number": turn.number}
+    headers = STREAM_HEADERS | {"Turn-Number": turn.number}
     return Response(watch(turn), mimetype="text/event-stream", headers=headers)
 
 
@@ -949,8 +950,7 @@ def explain(failure: Exception) -> http.HTTPException:
         case TimeoutError() | openai.OpenAIError() | httpx2.HTTPError() | aiohttp.ClientError() | OSError():
             said = f"{getattr(failure, 'status_code', '')} {describe(failure)}".lower()
             text = next(text for words, text in PROVIDER_ERROR_TEXTS.items() if re.search(words, said))
-            headers = getattr(failure, "response", httpx2.Response(0)).headers
-            wait = headers.get("Retry-After", "")
+            wait = getattr(failure, "response", httpx2.Response(0)).headers.get("Retry-After", "")
             wait = int(wait) if re.fullmatch("[0-9]{1,3}", wait) else 30
             error = unavailable(text.format(wait), retry_after=wait)
         case _:

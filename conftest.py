@@ -133,6 +133,7 @@ class Stream:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
         data = None if body is None else json.dumps(body).encode()
         self.connection.request(method, path, data, {"Content-Type": "application/json", **dict(headers)})
+        self.socket = self.connection.sock  # the connection forgets it when its response comes
         self.raw = b""
         self.events = []
         self.pings = 0
@@ -181,7 +182,7 @@ class Stream:
 
     def seen(self):
         """All events up to where the connection ends, whether that is a proper end or not."""
-        while self.connection.sock and self.next():
+        while self.socket and self.next():
             pass
         self.disconnect()
         return self.events
@@ -211,15 +212,16 @@ class Stream:
 
     def disconnect(self, reset=False):
         """Vanish from the net: with a FIN, or with a RST."""
-        if raw := self.connection.sock:
-            if reset:
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if self.socket:
             with contextlib.suppress(OSError):
-                if not reset:
-                    raw.shutdown(socket.SHUT_RDWR)
+                if reset:
+                    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                else:
+                    self.socket.shutdown(socket.SHUT_RDWR)
         if "response" in self.__dict__:
             self.response.close()
         self.connection.close()
+        self.socket = None
 
 
 class Process:

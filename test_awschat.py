@@ -647,10 +647,28 @@ def test_silence_is_filled_with_comments_of_one_line_feed(adjusted):
         assert stream.rest()[-1]["status"] == "complete"
 
 
+def test_the_connection_of_a_stream_ends_with_it_even_if_the_client_has_gone(service):
+    """Else each client that has gone would hold a descriptor until its keep-alive time ends, 75 s later."""
+
+    def open_connections():
+        connections = psutil.Process(service.popen.pid).net_connections("tcp")
+        ours = [each for each in connections if each.laddr.port == service.port and each.raddr]
+        return len(ours)
+
+    before = until(lambda: open_connections() or 1)
+    streams = [service.open(question(tokens=30, interval=0.03)) for _ in range(20)]
+    for stream in streams[:10]:
+        stream.until_token().disconnect()
+    for stream in streams[10:]:
+        assert stream.rest()[-1]["status"] == "complete"
+        assert stream.response.headers["Connection"] == "close"
+    until(lambda: open_connections() <= before, timeout=40)
+
+
 def stuck(service):
     """A client that asks for more than its connection can hold, and reads nothing of it."""
     stream = service.open(question(length=80_000, size=400, interval=0))
-    stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     return stream
 
 
@@ -659,9 +677,9 @@ def test_a_slow_reader_gets_everything_once_it_reads(service):
     streams = [stuck(service) for _ in range(5)]
     until(lambda: {service.status(stream.session_id) for stream in streams} == {"complete"})
     for stream in streams:
-        stream.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
         with contextlib.suppress(AttributeError):  # on Linux; there TCP else opens its window after seconds
-            stream.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2**19)
+            stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2**19)
         assert stream.rest()[-1]["content"] == fake_openai.on_scope(80_000)
 
 
@@ -826,12 +844,12 @@ def test_what_the_provider_says_before_the_verdict_waits_outside(start_service):
     until(lambda: service.metrics()["awschat_running"] == 30)
     while service.metrics()["awschat_running"] == 30 and not streams[0].events:
         assert process.memory_info().rss < memory + 40e6
-        streams[0].connection.sock.settimeout(0.05)
+        streams[0].socket.settimeout(0.05)
         with contextlib.suppress(TimeoutError):
-            streams[0].connection.sock.recv(1, socket.MSG_PEEK)
+            streams[0].socket.recv(1, socket.MSG_PEEK)
             break
     for stream in streams:
-        stream.connection.sock.settimeout(TIMEOUT)
+        stream.socket.settimeout(TIMEOUT)
         assert stream.rest()[-1]["status"] == "complete"
 
 
